@@ -1,0 +1,1 @@
+"""Text in and out: tokenizers, incremental decoding, stop strings, chat templates. Never imports JAX."""
