@@ -1,0 +1,358 @@
+"""The step loop: schedule -> build -> run -> sample -> read.
+
+One step ahead: step n+1 is dispatched with step n's tokens still on the device, so a stop takes effect one step late
+and the extra token is dropped. The core owns no thread and no text; token ids in, StepOutputs out.
+"""
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..layers import rows
+from ..layers.programs import SCORE_ROWS, Hidden, Variant
+from ..layers.sampling import Sampled, TokenLogprobs
+from .batch_builder import BatchBuilder, PackedStep
+from .metrics import CoreMetrics
+from .request import FinishReason, Request
+from .row_packer import RowNeeds, ban_completions, pack_row, pack_tables, row_needs
+from .runner import ROWS_PER_UPDATE, Runner
+from .sampling_params import SamplingParams
+from .scheduler import Chunk, Scheduler, StepPlan
+
+logger = logging.getLogger(__name__)
+
+# A request whose steps failed this often is ended.
+_MAX_FAILURES = 2
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request at token level. params.max_tokens is resolved; seed is drawn by the caller if none was given."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    choice: int = 0
+    priority: int = 0
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True)
+class PositionLogprobs:
+    """Logprobs at one position: of the token itself, its rank from 1, and the most likely ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: np.ndarray  # i32[k], by falling logprob; in order of id when all were asked for
+    top: np.ndarray  # f32[k]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step, or a failure, brought one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None  # with the first token
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached: int = 0
+
+
+@dataclass
+class _Tracked:
+    """A request and what the core remembers about it."""
+
+    request: Request
+    needs: RowNeeds
+    bad_words: tuple[tuple[int, ...], ...]
+    stop_ids: frozenset[int]
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Prompt logprobs of one request under way: `count` positions from prompt position `first`."""
+
+    request: Request
+    first: int
+    count: int
+    result: TokenLogprobs
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A dispatched step whose tokens the host has not read."""
+
+    chunks: tuple[Chunk, ...]
+    sampled: Sampled | None
+    scores: tuple[_Scores, ...]
+
+
+class EngineCore:
+    """Requests in, tokens out. Not thread-safe: one caller drives it."""
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, *, eos_ids: frozenset[int], depth: int = 1
+    ) -> None:
+        """depth: steps in flight while the next one is planned, 0 or 1."""
+        self.scheduler = scheduler
+        self.metrics = CoreMetrics()
+        self._runner = runner
+        self._builder = BatchBuilder(runner.buckets)
+        self._eos_ids = eos_ids
+        self._depth = depth
+        self._vocab = runner.programs.model.vocab_size
+        self._tracked: dict[str, _Tracked] = {}
+        self._pending: deque[_InFlight] = deque()
+        self._num_arrived = 0
+        # Kept across a failure in the middle of a step: these tokens were read and stand.
+        self._outputs: list[StepOutput] = []
+        self._gives_all_logprobs = runner.num_logprobs >= self._vocab
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._pending)
+
+    def submit(self, submission: Submission) -> None:
+        """Queue a request that was checked. Raises RequestError when it can never fit."""
+        s = submission
+        assert s.request_id not in self._tracked, f"request id {s.request_id!r} is in use"
+        self._num_arrived += 1
+        request = Request(
+            s.request_id, s.prompt_token_ids, s.params, self._num_arrived,
+            priority=s.priority, cache_salt=s.cache_salt, choice=s.choice, seed=s.seed,
+        )  # fmt: skip
+        self.scheduler.add(request)
+        stop_ids = frozenset(s.params.stop_token_ids or ())
+        if not s.params.ignore_eos:
+            stop_ids |= self._eos_ids
+        needs = row_needs(request, s.bad_words, self._vocab)
+        self._tracked[s.request_id] = _Tracked(request, needs, s.bad_words, stop_ids)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; its pages are free for the next step. Unknown ids are ignored: it may just have
+        ended."""
+        tracked = self._tracked.pop(request_id, None)
+        if tracked is not None:
+            self.scheduler.finish(tracked.request, FinishReason.ABORT)
+
+    def step(self) -> list[StepOutput]:
+        """Dispatch the next step, if any, and read the oldest one when enough are in flight."""
+        try:
+            plan = self.scheduler.schedule(time.monotonic())
+            if plan.chunks:
+                self._dispatch(plan)
+            while self._pending and (len(self._pending) > self._depth or not plan.chunks):
+                self._read(self._pending.popleft())
+        except Exception as error:
+            # The border of a step: whatever the device raised, the loop goes on with the others.
+            self._recover(error)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # Dispatch
+
+    def _dispatch(self, plan: StepPlan) -> None:
+        self.metrics.num_steps += 1
+        self.metrics.num_tokens += plan.num_tokens
+        tracked = [self._tracked[chunk.request.request_id] for chunk in plan.chunks]
+        self._write_rows(plan)
+        step = self._builder.build(plan, [t.needs for t in tracked])
+        hidden = self._runner.forward(step.packed, step.layout.tokens)
+        scores = tuple(self._score(plan, step, hidden))
+        sampled = None
+        sampling = [t for t, chunk in zip(tracked, plan.chunks, strict=True) if chunk.samples]
+        if sampling:
+            if any(t.needs.step_mask for t in sampling):
+                # The mask follows from the last token, which a step in flight may still hold.
+                while self._pending:
+                    self._read(self._pending.popleft())
+            mask = self._step_mask(plan, hidden)
+            sampled = self._runner.sample(hidden, _variant(sampling), mask)
+            sampled.token_and_flag.copy_to_host_async()
+        self._pending.append(_InFlight(plan.chunks, sampled, scores))
+
+    def _write_rows(self, plan: StepPlan) -> None:
+        """Write the device rows of admitted requests, in full."""
+        if not plan.admitted:
+            return
+        first_by_slot = {chunk.slot: chunk.first for chunk in plan.chunks}
+        narrow = []
+        for request in plan.admitted:
+            assert request.slot is not None
+            tracked = self._tracked[request.request_id]
+            row = pack_row(request, first_by_slot[request.slot], self._vocab)
+            if tracked.needs.tables:
+                tables = pack_tables(request, tracked.bad_words, tracked.stop_ids, self._vocab)
+                self._runner.update_rows(row[None], tables)
+            else:
+                narrow.append(row)
+        for at in range(0, len(narrow), ROWS_PER_UPDATE):
+            packed = np.zeros((ROWS_PER_UPDATE, rows.NUM_COLUMNS), np.int32)
+            packed[:, 0] = self._runner.buckets.slots  # padding rows are dropped
+            some = narrow[at : at + ROWS_PER_UPDATE]
+            packed[: len(some)] = some
+            self._runner.update_rows(packed)
+
+    def _score(self, plan: StepPlan, step: PackedStep, hidden: Hidden) -> list[_Scores]:
+        """Dispatch the prompt logprobs that this step's hidden states give."""
+        scores = []
+        for chunk, first_token in zip(plan.chunks, step.first_token, strict=True):
+            request = chunk.request
+            if request.params.prompt_logprobs is None:
+                continue
+            # Position i scores prompt token i + 1; recomputation after preemption scores again what it lost.
+            end = min(chunk.first + chunk.count, request.num_prompt - 1)
+            for first in range(chunk.first, end, SCORE_ROWS):
+                count = min(SCORE_ROWS, end - first)
+                targets = np.zeros(SCORE_ROWS, np.int32)
+                targets[:count] = request.token_ids(first + 1, count)
+                result = self._runner.score(hidden, first_token + first - chunk.first, targets)
+                scores.append(_Scores(request, first, count, result))
+        return scores
+
+    def _step_mask(self, plan: StepPlan, hidden: Hidden) -> np.ndarray | None:
+        mask = None
+        for row, chunk in enumerate(plan.chunks):
+            tracked = self._tracked.get(chunk.request.request_id)
+            if tracked is None or not (chunk.samples and tracked.needs.step_mask):
+                continue
+            if mask is None:
+                words = rows.num_words(self._vocab)
+                mask = np.full((hidden.slots.shape[0], words), 0xFFFFFFFF, np.uint32)
+            longest = max(len(word) for word in tracked.bad_words)
+            request = tracked.request
+            start = max(0, request.num_tokens - longest)
+            known = request.token_ids(start, request.num_tokens - start)
+            ban_completions(mask[row], known, tracked.bad_words)
+        return mask
+
+    # Reading
+
+    def _read(self, flight: _InFlight) -> None:
+        for scores in flight.scores:
+            self._keep_scores(scores)
+        if flight.sampled is None:
+            return
+        tokens, flags = np.asarray(flight.sampled.token_and_flag).tolist()
+        logprobs = flight.sampled.logprobs
+        if logprobs is not None:
+            logprobs = TokenLogprobs(*(np.asarray(a) for a in logprobs))
+        for row, chunk in enumerate(flight.chunks):
+            request = chunk.request
+            if not chunk.samples or request.finish_reason is not None:
+                continue  # a prompt in progress, or the extra token of a request that has ended
+            tracked = self._tracked[request.request_id]
+            if flags[row]:
+                self._end(tracked, FinishReason.ERROR, "the logits were not finite")
+            else:
+                self._on_token(tracked, tokens[row], logprobs, row)
+
+    def _on_token(
+        self, tracked: _Tracked, token_id: int, logprobs: TokenLogprobs | None, row: int
+    ) -> None:
+        request, params = tracked.request, tracked.request.params
+        self.scheduler.on_token(request, token_id)
+        self.metrics.num_output_tokens += 1
+        reason: FinishReason | None = None
+        stop_reason: int | None = None
+        if token_id in tracked.stop_ids:
+            reason = FinishReason.STOP
+            is_eos = token_id in self._eos_ids and not params.ignore_eos
+            stop_reason = None if is_eos else token_id
+        elif (
+            request.num_output >= request.max_tokens
+            or request.num_tokens >= self.scheduler.config.max_model_len
+        ):
+            reason = FinishReason.LENGTH
+        own = ()
+        if logprobs is not None and params.logprobs is not None:
+            own = (self._position(logprobs, row, token_id, params.logprobs),)
+        prompt_logprobs = None
+        if request.num_output == 1 and params.prompt_logprobs is not None:
+            prompt_logprobs = tuple(tracked.prompt_logprobs)
+        if reason is not None:
+            self.scheduler.finish(request, reason, stop_reason)
+            del self._tracked[request.request_id]
+        self._outputs.append(
+            StepOutput(
+                request.request_id,
+                (token_id,),
+                own,
+                prompt_logprobs,
+                reason,
+                stop_reason,
+                request.num_cached,
+            )
+        )
+
+    def _position(
+        self, result: TokenLogprobs, row: int, token_id: int, wanted: int
+    ) -> PositionLogprobs:
+        """wanted: how many of the most likely; -1 keeps all, in order of id."""
+        top_ids, top = result.top_ids[row], result.top[row]
+        if wanted >= 0:
+            if self._gives_all_logprobs:
+                order = np.argsort(-top, kind="stable")
+                top_ids, top = top_ids[order], top[order]
+            top_ids, top = top_ids[:wanted].copy(), top[:wanted].copy()
+        chosen, rank = float(result.chosen[row]), int(result.rank[row])
+        return PositionLogprobs(token_id, chosen, rank, top_ids, top)
+
+    def _keep_scores(self, scores: _Scores) -> None:
+        tracked = self._tracked.get(scores.request.request_id)
+        if tracked is None:
+            return
+        wanted = scores.request.params.prompt_logprobs
+        assert wanted is not None
+        result = TokenLogprobs(*(np.asarray(a) for a in scores.result))
+        known = len(tracked.prompt_logprobs)
+        targets = scores.request.token_ids(scores.first + 1, scores.count)
+        for row in range(max(0, known - scores.first), scores.count):
+            position = self._position(result, row, targets[row], wanted)
+            tracked.prompt_logprobs.append(position)
+
+    def _end(self, tracked: _Tracked, reason: FinishReason, why: str) -> None:
+        request = tracked.request
+        logger.error("request %s ended: %s", request.request_id, why)
+        self.scheduler.finish(request, reason, why)
+        del self._tracked[request.request_id]
+        self._outputs.append(
+            StepOutput(
+                request.request_id,
+                (),
+                finish_reason=reason,
+                stop_reason=why,
+                num_cached=request.num_cached,
+            )
+        )
+
+    def _recover(self, error: Exception) -> None:
+        """After a failed step the donated arrays are lost: start over, and end who failed before."""
+        self.metrics.num_failed_steps += 1
+        logger.error("a step failed and its requests are recomputed", exc_info=error)
+        self._pending.clear()
+        for request in self.scheduler.recompute_all():
+            request.num_failures += 1
+            tracked = self._tracked[request.request_id]
+            tracked.prompt_logprobs.clear()
+            if request.num_failures >= _MAX_FAILURES:
+                why = f"its steps failed {request.num_failures} times: {error}"
+                self._end(tracked, FinishReason.ERROR, why)
+        self._runner.allocate()
+
+
+def _variant(sampling: list[_Tracked]) -> Variant:
+    if all(t.needs.is_plain_greedy for t in sampling):
+        return Variant.GREEDY
+    if any(t.needs.logprobs or t.needs.step_mask for t in sampling):
+        return Variant.FULL
+    return Variant.GENERAL

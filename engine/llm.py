@@ -1,0 +1,411 @@
+"""LLM: offline generation in the caller's process, in the words that vLLM's users type."""
+
+import asyncio
+import hashlib
+import queue
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import EngineConfig
+from .core import StepOutput, Submission
+from .errors import EngineError, EngineStopped, RequestError
+from .loop import EngineLoop
+from .outputs import CompletionOutput, RequestOutput, StreamDelta
+from .request import FinishReason
+from .sampling_params import SamplingParams
+from .startup import Engine, start_engine
+from .text.assembler import TextAssembler
+from .text.logprobs import LogprobsAtPosition, logprobs_at
+from .text.tokenizer import Tokenizer
+from .text.validate import TextRequest, check_text_request
+from .token_checks import TokenLimits, check_token_request
+from .vllm_options import translate
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model in this process.
+
+    `LLM(model="path or hub id", dtype=…, max_model_len=…, …)` takes the options of EngineConfig (`quire generate
+    --help` lists them); without a model it loads the small embedded one. Methods may be called from any thread, also
+    inside a running event loop. Close it, or use it as a context manager, to free its memory.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        keywords = translate(options)
+        self._engine: Engine = start_engine(
+            EngineConfig(model=model, **keywords), lambda line: print(line, file=sys.stderr)
+        )
+        self._seed = keywords.get("seed", 0)
+        self._loop = EngineLoop(self._engine.core)
+        self._lock = threading.Lock()
+        self._num_requests = 0
+        self._limits = TokenLimits(
+            self._engine.logits_width, self._engine.max_model_len, keywords.get("max_logprobs", 20)
+        )
+
+    # Generation
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """One RequestOutput per prompt, in order.
+
+        A prompt is a string, a list of token ids, {"prompt": …} or {"prompt_token_ids": […]}; params are one for all
+        or one per prompt, by default those of the model's generation_config.json. Every prompt is checked before
+        any runs. Raises RequestError.
+        """
+        listed = _as_list(prompts)
+        each = self._params_for(listed, sampling_params)
+        return self._run([self._check(p, s) for p, s in zip(listed, each, strict=True)], use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to one conversation, or to each of many, through the model's chat template."""
+        is_one = not messages or isinstance(messages[0], Mapping)
+        conversations = [messages] if is_one else list(messages)
+        each = self._params_for(conversations, sampling_params)
+        rendered = [
+            self.get_tokenizer().apply_chat_template(
+                conversation,  # type: ignore[arg-type]
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=chat_template,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        checked = [
+            self._check(text, s, add_special_tokens=False)
+            for text, s in zip(rendered, each, strict=True)
+        ]
+        return self._run(checked, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "Stream":
+        """The answer as it is made: iterate with `for` or `async for`. Leaving the loop ends the request."""
+        return self._stream(self._check(prompt, sampling_params or self.get_default_sampling_params()))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **chat_template_kwargs: Any,
+    ) -> "Stream":
+        """Like stream, for one conversation."""
+        text = self.get_tokenizer().apply_chat_template(messages, **chat_template_kwargs)
+        params = sampling_params or self.get_default_sampling_params()
+        return self._stream(self._check(text, params, add_special_tokens=False))
+
+    # Text and facts
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.get_tokenizer().encode(text, add_special_tokens)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self.get_tokenizer().decode(token_ids, skip_special_tokens)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What applies when no params are given: vLLM's defaults under the model's generation_config.json."""
+        return SamplingParams(**self._engine.default_sampling)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._limits.max_model_len
+
+    # Life
+
+    def close(self) -> None:
+        """Stop the engine and free its memory. Requests under way end with `abort`."""
+        self._loop.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Inside
+
+    def _params_for(
+        self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(
+                f"there are {len(prompts)} prompts and {len(params)} sampling_params; give one for all or one "
+                "for each",
+                field="sampling_params",
+            )
+        return list(params)
+
+    def _check(
+        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True
+    ) -> TextRequest:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling_params must be SamplingParams, got {type(params).__name__}",
+                field="sampling_params",
+            )
+        checked = check_text_request(
+            prompt, params, self.get_tokenizer(), add_special_tokens=add_special_tokens
+        )
+        resolved = check_token_request(checked.prompt_token_ids, checked.params, self._limits)
+        return TextRequest(
+            checked.prompt, checked.prompt_token_ids, resolved, checked.bad_word_ids
+        )
+
+    def _submissions(self, request: TextRequest) -> tuple[int, list[Submission]]:
+        with self._lock:
+            number = self._num_requests
+            self._num_requests += 1
+        seed = request.params.seed
+        if seed is None:
+            seed = _derived_seed(self._seed, number)
+        return number, [
+            Submission(
+                f"{number}-{choice}",
+                request.prompt_token_ids,
+                request.params,
+                seed,
+                request.bad_word_ids,
+                choice,
+            )
+            for choice in range(request.params.n)
+        ]
+
+    def _run(self, requests: list[TextRequest], use_tqdm: bool) -> list[RequestOutput]:
+        from tqdm.auto import tqdm
+
+        outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        collectors: list[_Collector] = []
+        by_id: dict[str, tuple[_Collector, int]] = {}
+        submissions: list[Submission] = []
+        for request in requests:
+            number, some = self._submissions(request)
+            collector = _Collector(number, request, self.get_tokenizer())
+            collectors.append(collector)
+            submissions += some
+            by_id |= {s.request_id: (collector, s.choice) for s in some}
+        self._loop.submit(submissions, outputs.put)
+        num_tokens = 0
+        try:
+            with tqdm(total=len(requests), desc="prompts", disable=not use_tqdm) as bar:
+                while by_id:
+                    output = outputs.get()
+                    collector, choice = by_id.get(output.request_id, (None, 0))
+                    if collector is None:
+                        continue  # the extra token of an answer that a stop string ended
+                    num_tokens += len(output.token_ids)
+                    is_done, must_abort = collector.add(output, choice)
+                    if must_abort:
+                        self._loop.abort([output.request_id])
+                    if is_done:
+                        del by_id[output.request_id]
+                        if collector.is_done:
+                            rate = bar.format_dict["rate"] or 0
+                            bar.update()
+                            bar.set_postfix(tokens=num_tokens, refresh=False, rate=f"{rate:.1f}/s")
+        except BaseException:
+            # Interrupted or failed: nobody will read the rest.
+            self._loop.abort(list(by_id))
+            raise
+        return [collector.result() for collector in collectors]
+
+    def _stream(self, request: TextRequest) -> "Stream":
+        outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        number, submissions = self._submissions(request)
+        collector = _Collector(number, request, self.get_tokenizer())
+        self._loop.submit(submissions, outputs.put)
+        return Stream(self._loop, outputs, collector, [s.request_id for s in submissions])
+
+
+class Stream:
+    """Deltas of one request, for `for` and for `async for`. Closing it, or dropping it, ends the request."""
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        outputs: "queue.SimpleQueue[StepOutput]",
+        collector: "_Collector",
+        request_ids: list[str],
+    ) -> None:
+        self._loop = loop
+        self._outputs = outputs
+        self._collector = collector
+        self._choice_by_id = {request_id: i for i, request_id in enumerate(request_ids)}
+
+    def __iter__(self) -> Iterator[StreamDelta]:
+        try:
+            while self._choice_by_id:
+                delta = self._take(self._outputs.get())
+                if delta is not None:
+                    yield delta
+        finally:
+            self.close()
+
+    async def __aiter__(self) -> AsyncIterator[StreamDelta]:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._choice_by_id:
+                delta = self._take(await loop.run_in_executor(None, self._outputs.get))
+                if delta is not None:
+                    yield delta
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the request if it still runs."""
+        if self._choice_by_id:
+            self._loop.abort(list(self._choice_by_id))
+            self._choice_by_id.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _take(self, output: StepOutput) -> StreamDelta | None:
+        choice = self._choice_by_id.get(output.request_id)
+        if choice is None:
+            return None
+        before = self._collector.mark(choice)
+        is_done, must_abort = self._collector.add(output, choice)
+        if must_abort:
+            self._loop.abort([output.request_id])
+        if is_done:
+            del self._choice_by_id[output.request_id]
+        return self._collector.delta_since(before, choice)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    num_characters: int
+    num_tokens: int
+
+
+@dataclass
+class _Collector:
+    """Puts the answers to one prompt together."""
+
+    number: int
+    request: TextRequest
+    tokenizer: Tokenizer
+    answers: list[CompletionOutput] = field(init=False)
+    prompt_logprobs: list[LogprobsAtPosition | None] | None = None
+    num_cached: int = 0
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.answers = [CompletionOutput(index=i) for i in range(params.n)]
+        self._assemblers = [
+            TextAssembler(self.tokenizer, self.request.prompt_token_ids, params)
+            for _ in range(params.n)
+        ]
+        if params.logprobs is not None:
+            for answer in self.answers:
+                answer.logprobs, answer.cumulative_logprob = [], 0.0
+
+    @property
+    def is_done(self) -> bool:
+        return all(answer.finished() for answer in self.answers)
+
+    def add(self, output: StepOutput, choice: int) -> tuple[bool, bool]:
+        """Take one output. Returns whether the answer is complete, and whether the core must be told so."""
+        answer, assembler = self.answers[choice], self._assemblers[choice]
+        params = self.request.params
+        self.num_cached = output.num_cached or self.num_cached
+        if output.finish_reason is FinishReason.ERROR:
+            raise EngineError(
+                f"request {self.number} failed: {output.stop_reason}; its {len(answer.token_ids)} tokens so far are "
+                "lost. Send it again"
+            )
+        if output.prompt_logprobs is not None and self.prompt_logprobs is None:
+            self.prompt_logprobs = [
+                None, *(logprobs_at(p, self.tokenizer) for p in output.prompt_logprobs)
+            ]  # fmt: skip
+        is_last = output.finish_reason is not None
+        is_stop = output.finish_reason is FinishReason.STOP
+        matched = None
+        for token_id in output.token_ids:
+            answer.token_ids.append(token_id)
+            delta = assembler.push(token_id, is_last=is_last, is_stop_token=is_stop)
+            answer.text += delta.text
+            matched = delta.matched
+        if answer.logprobs is not None and answer.cumulative_logprob is not None:
+            for position in output.logprobs:
+                answer.logprobs.append(logprobs_at(position, self.tokenizer))
+                answer.cumulative_logprob += position.logprob
+        if matched is not None:
+            answer.finish_reason, answer.stop_reason = FinishReason.STOP.value, matched
+            return True, not is_last
+        if output.finish_reason is not None:
+            if not output.token_ids:
+                answer.text += assembler.flush().text
+            answer.finish_reason, answer.stop_reason = output.finish_reason.value, output.stop_reason
+            if output.finish_reason is FinishReason.ABORT:
+                raise EngineStopped("the engine was closed while the request was under way")
+        del params
+        return is_last, False
+
+    def mark(self, choice: int) -> _Mark:
+        answer = self.answers[choice]
+        return _Mark(len(answer.text), len(answer.token_ids))
+
+    def delta_since(self, mark: _Mark, choice: int) -> StreamDelta:
+        answer = self.answers[choice]
+        return StreamDelta(
+            text=answer.text[mark.num_characters :],
+            token_ids=answer.token_ids[mark.num_tokens :],
+            index=choice,
+            logprobs=None if answer.logprobs is None else answer.logprobs[mark.num_tokens :],
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
+        )
+
+    def result(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=str(self.number),
+            prompt=self.request.prompt,
+            prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_logprobs=self.prompt_logprobs,
+            outputs=self.answers,
+            num_cached_tokens=self.num_cached,
+        )
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    """One prompt or many: a list of ints is one, a list of anything else is many."""
+    is_one = isinstance(prompts, (str, Mapping)) or (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and all(type(p) is int for p in prompts)
+    )
+    return [prompts] if is_one else list(prompts)
+
+
+def _derived_seed(engine_seed: int, number: int) -> int:
+    """The seed of a request that brought none: 63 bits of (engine seed, request number)."""
+    digest = hashlib.blake2b(f"{engine_seed},{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

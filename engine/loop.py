@@ -1,0 +1,113 @@
+"""The thread that drives an EngineCore for callers in the same process.
+
+Callers submit and abort from any thread; each StepOutput goes to the sink its request came with, on this thread.
+Idle, it sleeps.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from .core import EngineCore, StepOutput, Submission
+from .errors import EngineStopped, UsageError
+from .request import FinishReason
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[StepOutput], None]
+
+
+class EngineLoop:
+    """Owns the core once started; nothing else may touch it."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._wake = threading.Condition()
+        self._inbox: deque[tuple[Submission, Sink] | str] = deque()
+        self._sinks: dict[str, Sink] = {}
+        self._is_closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="quire-step-loop", daemon=True)
+        self._thread.start()
+
+    def submit(self, submissions: Iterable[Submission], sink: Sink) -> None:
+        """Queue requests; their outputs go to `sink`. Raises EngineStopped after close()."""
+        with self._wake:
+            self._require_open()
+            self._inbox.extend((s, sink) for s in submissions)
+            self._wake.notify()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests; nothing more comes of them. Unknown ids are ignored."""
+        with self._wake:
+            self._inbox.extend(request_ids)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Stop after the step under way. Requests still running end with `abort`."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _require_open(self) -> None:
+        if self._failure is not None:
+            raise EngineStopped(f"the engine has failed ({self._failure}); make a new one") from self._failure
+        if self._is_closing:
+            raise EngineStopped("the engine was closed; make a new one")
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                for output in self._core.step():
+                    self._deliver(output)
+        except BaseException as error:
+            # Nobody else would see it: a thread's exception ends only the thread.
+            logger.exception("the step loop failed")
+            self._failure = error
+        finally:
+            with self._wake:
+                self._is_closing = True
+                for command in self._inbox:
+                    if not isinstance(command, str):
+                        self._sinks[command[0].request_id] = command[1]
+                self._inbox.clear()
+            why = str(self._failure) if self._failure else None
+            reason = FinishReason.ABORT if self._failure is None else FinishReason.ERROR
+            for request_id in list(self._sinks):
+                self._deliver(_ended(request_id, reason, why))
+
+    def _take_commands(self) -> bool:
+        """Apply what came in; sleep while there is nothing to do. False when closing."""
+        with self._wake:
+            while not (self._inbox or self._core.has_work or self._is_closing):
+                self._wake.wait()
+            commands = list(self._inbox)
+            self._inbox.clear()
+            if self._is_closing:
+                return False
+        for command in commands:
+            if isinstance(command, str):
+                self._sinks.pop(command, None)
+                self._core.abort(command)
+            else:
+                submission, sink = command
+                self._sinks[submission.request_id] = sink
+                try:
+                    self._core.submit(submission)
+                except UsageError as error:
+                    self._deliver(_ended(submission.request_id, FinishReason.ERROR, str(error)))
+        return True
+
+    def _deliver(self, output: StepOutput) -> None:
+        if output.finish_reason is None:
+            sink = self._sinks.get(output.request_id)
+        else:
+            sink = self._sinks.pop(output.request_id, None)
+        if sink is not None:
+            sink(output)
+
+
+def _ended(request_id: str, reason: FinishReason, why: str | None) -> StepOutput:
+    return StepOutput(request_id, (), finish_reason=reason, stop_reason=why)

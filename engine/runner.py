@@ -1,0 +1,305 @@
+"""The device side of a step: weights, KV pages and row state, and the compiled programs over them.
+
+The runner owns every device array. Its arrays are donated to the programs and replaced by what they return, so
+nothing outside may hold one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..layers import rows
+from ..layers.batch import NUM_FLAGS, StepLayout
+from ..layers.kv_pages import abstract_pages
+from ..layers.param import map_params
+from ..layers.programs import SCORE_ROWS, Hidden, Programs, Variant
+from ..layers.quantization.plain import Plain
+from ..layers.mesh import MODEL, partition
+from ..layers.sampling import Sampled, TokenLogprobs
+from .buckets import Buckets
+from .compiler import CompileReport, ProgramSpec, compile_all
+
+# Rows that one update program writes; a row that carries tables goes alone.
+ROWS_PER_UPDATE = 8
+
+_REPLICATED = PartitionSpec()
+_KV = PartitionSpec(None, MODEL)
+
+
+class Runner:
+    """Compiles the programs of `buckets` and runs them on the arrays it owns."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        buckets: Buckets,
+        mesh: Mesh,
+        weight_format: Plain,
+        *,
+        num_pages: int,
+        num_logprobs: int,
+        wants_scores: bool = True,
+    ) -> None:
+        self.programs = programs
+        self.buckets = buckets
+        self.num_pages = num_pages
+        self._mesh = mesh
+        self._format = weight_format
+        self.num_logprobs = num_logprobs
+        self._wants_scores = wants_scores
+        self._vocab = programs.model.vocab_size
+        self._weights: Any = None
+        self._executables: dict[str, Any] = {}
+        self._specs = {spec.name: spec for spec in self.program_specs()}
+        self._kv: Any = None
+        self._rows: Any = None
+        self._lengths: Any = None
+
+    # What exists
+
+    def program_specs(self) -> list[ProgramSpec]:
+        """Every program of this engine, the largest first: it is the last to finish compiling."""
+        specs = [
+            ProgramSpec(f"forward[{t}]", partial(self._lower_forward, t))
+            for t in reversed(self.buckets.tokens)
+        ]
+        specs += [
+            ProgramSpec(_sample_name(rows, variant), partial(self._lower_sample, rows, variant))
+            for rows, variant in self.buckets.sample_programs()
+        ]
+        if self._wants_scores:
+            specs += [
+                ProgramSpec(f"score[{t}]", partial(self._lower_score, t)) for t in self.buckets.tokens
+            ]
+        specs += [
+            ProgramSpec("update_rows", partial(self._lower_update, ROWS_PER_UPDATE, False)),
+            ProgramSpec("update_row_tables", partial(self._lower_update, 1, True)),
+        ]
+        return specs
+
+    def compile(self, progress: Callable[[str], None] = lambda name: None) -> CompileReport:
+        """Build every program; afterwards no step compiles."""
+        self._executables, report = compile_all(self._specs.values(), progress)
+        return report
+
+    def workspace_bytes(self) -> int:
+        """Scratch memory of the hungriest program."""
+        sizes = [e.memory_analysis() for e in self._executables.values()]
+        return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
+
+    def code_bytes(self) -> int:
+        """Machine code of all programs, as the compiler counts it."""
+        sizes = [e.memory_analysis() for e in self._executables.values()]
+        return sum(s.generated_code_size_in_bytes for s in sizes if s is not None)
+
+    def row_bytes(self) -> int:
+        return sum(
+            int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize
+            for a in jax.tree.leaves(rows.abstract_rows(self.buckets.slots, self._vocab))
+        )
+
+    # Device state
+
+    def set_weights(self, weights: Any) -> None:
+        self._weights = weights
+
+    def allocate(self) -> None:
+        """Zeroed KV pages and rows, replacing what was there. Called at start and after a failed step."""
+        self._kv = self._rows = self._lengths = None  # free the old before making the new
+        made = self._program("allocate", self._lower_allocate)()
+        self._kv, self._rows, self._lengths = made
+
+    def warm_up(self) -> None:
+        """Run every program twice on padding: first runs capture graphs and touch memory."""
+        for _ in range(2):
+            for tokens in self.buckets.tokens:
+                hidden = self.forward(_padding(self.buckets.layout(tokens)), tokens)
+                for variant in Variant:
+                    self.sample(hidden, variant, self._no_mask(hidden.slots.shape[0]))
+                if self._wants_scores:
+                    self.score(hidden, 0, np.zeros(SCORE_ROWS, np.int32))
+            self.update_rows(_padding_rows(ROWS_PER_UPDATE, self.buckets.slots))
+            tables = _default_tables(self._vocab)
+            self.update_rows(_padding_rows(1, self.buckets.slots), tables)
+        jax.block_until_ready(self._lengths)
+
+    # One step
+
+    def update_rows(self, packed: np.ndarray, tables: rows.RowTables | None = None) -> None:
+        """Write whole rows: packed i32[ROWS_PER_UPDATE, NUM_COLUMNS], or one row with its tables."""
+        if tables is None:
+            run = self._program("update_rows")
+            self._rows, self._lengths = run(self._rows, self._lengths, packed)
+        else:
+            run = self._program("update_row_tables")
+            self._rows, self._lengths = run(self._rows, self._lengths, packed, tables)
+
+    def forward(self, packed: np.ndarray, tokens: int) -> Hidden:
+        """Run one packed step. The array must never be written again: on CPU the step reads it in place."""
+        run = self._program(f"forward[{tokens}]")
+        hidden, self._kv, self._lengths = run(
+            self._weights, self._kv, self._lengths, self._rows.last_token, packed
+        )
+        return hidden
+
+    def sample(self, hidden: Hidden, variant: Variant, step_mask: np.ndarray | None) -> Sampled:
+        """One token for each row that samples; step_mask u32[rows, words] is read by FULL only."""
+        run = self._program(_sample_name(hidden.slots.shape[0], variant))
+        arguments = (self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags)
+        if variant is Variant.FULL:
+            if step_mask is None:
+                step_mask = self._no_mask(hidden.slots.shape[0])
+            arguments += (step_mask,)
+        sampled, self._rows = run(*arguments)
+        return sampled
+
+    def score(self, hidden: Hidden, first: int, targets: np.ndarray) -> TokenLogprobs:
+        """Logprobs of targets i32[SCORE_ROWS] after tokens first, first + 1, … of the step."""
+        run = self._program(f"score[{hidden.tokens.shape[0]}]")
+        return run(self._weights, hidden.tokens, np.int32(first), targets)
+
+    # Lowering
+
+    def _program(self, name: str, lower: Callable[[], Any] | None = None) -> Any:
+        """The executable; compiled now when compilation is lazy (or for `allocate`, at start)."""
+        if name not in self._executables:
+            lower = lower or self._specs[name].lower
+            self._executables[name] = lower().compile()
+        return self._executables[name]
+
+    def _no_mask(self, num_rows: int) -> np.ndarray:
+        return np.full((num_rows, rows.num_words(self._vocab)), 0xFFFFFFFF, np.uint32)
+
+    def _abstract(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = _REPLICATED) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
+
+    def _placed(self, tree: Any, spec: PartitionSpec = _REPLICATED) -> Any:
+        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype, spec), tree)
+
+    def _weight_arguments(self) -> tuple[Any, Any]:
+        """The weights' abstract arrays and their partition specs."""
+        params = self.programs.model.params()
+        wrap, dtype = self._format.wrap, self._format.dtype
+
+        def abstract(param: Any) -> Any:
+            return wrap(param, self._abstract(param.shape, dtype, partition(param.axes)))
+
+        return map_params(abstract, params), map_params(
+            lambda param: wrap(param, partition(param.axes)), params
+        )
+
+    def _abstract_kv(self) -> Any:
+        p = self.programs
+        pages = abstract_pages(p.kv_layout, self.num_pages, p.page_size, self._format.dtype)
+        return self._placed(pages, _KV)
+
+    def _abstract_rows(self) -> Any:
+        return self._placed(rows.abstract_rows(self.buckets.slots, self._vocab))
+
+    def _lengths_array(self) -> Any:
+        return self._abstract((self.buckets.slots,), jnp.int32)
+
+    def _lower(
+        self, function: Any, arguments: tuple[Any, ...], in_specs: Any, out_specs: Any, donate: Any
+    ) -> Any:
+        """Trace `function` as one shard_map over the mesh and lower it."""
+        mapped = jax.shard_map(
+            function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
+
+    def _lower_forward(self, tokens: int) -> Any:
+        layout = self.buckets.layout(tokens)
+        weights, specs = self._weight_arguments()
+        lengths = self._lengths_array()
+        packed = self._abstract((layout.size,), jnp.int32)
+        return self._lower(
+            partial(self.programs.forward, layout=layout),
+            (weights, self._abstract_kv(), lengths, lengths, packed),
+            (specs, _KV, _REPLICATED, _REPLICATED, _REPLICATED),
+            (_REPLICATED, _KV, _REPLICATED),
+            donate=(1, 2),
+        )
+
+    def _lower_sample(self, num_rows: int, variant: Variant) -> Any:
+        weights, specs = self._weight_arguments()
+        hidden = self._hidden(num_rows)
+        slots = self._abstract((num_rows,), jnp.int32)
+        flags = self._abstract((NUM_FLAGS,), jnp.int32)
+        arguments = (weights, self._abstract_rows(), hidden, slots, flags)
+        function = partial(
+            self.programs.sample, variant=variant, num_logprobs=self.num_logprobs
+        )
+        if variant is Variant.FULL:
+            words = rows.num_words(self._vocab)
+            arguments += (self._abstract((num_rows, words), jnp.uint32),)
+        else:
+            function = partial(function, step_mask=None)
+        in_specs = (specs, *(_REPLICATED,) * (len(arguments) - 1))
+        return self._lower(function, arguments, in_specs, _REPLICATED, donate=(1,))
+
+    def _lower_score(self, tokens: int) -> Any:
+        weights, specs = self._weight_arguments()
+        first = self._abstract((), jnp.int32)
+        targets = self._abstract((SCORE_ROWS,), jnp.int32)
+        return self._lower(
+            partial(self.programs.score, num_logprobs=self.num_logprobs),
+            (weights, self._hidden(tokens), first, targets),
+            (specs, _REPLICATED, _REPLICATED, _REPLICATED),
+            _REPLICATED,
+            donate=(),
+        )
+
+    def _lower_update(self, num_rows: int, with_tables: bool) -> Any:
+        packed = self._abstract((num_rows, rows.NUM_COLUMNS), jnp.int32)
+        arguments = (self._abstract_rows(), self._lengths_array(), packed)
+        if with_tables:
+            words, vocab = rows.num_words(self._vocab), self._vocab
+            bits = self._abstract((words,), jnp.uint32)
+            tables = rows.RowTables(bits, bits, bits, self._abstract((vocab,), jnp.int16))
+            function, arguments = rows.update_rows, (*arguments, tables)
+        else:
+            function = partial(rows.update_rows, tables=None)
+        return self._lower(function, arguments, _REPLICATED, _REPLICATED, donate=(0, 1))
+
+    def _lower_allocate(self) -> Any:
+        kv, state = self._abstract_kv(), self._abstract_rows()
+
+        def make() -> Any:
+            zeros = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
+            return zeros(kv), zeros(state), jnp.zeros(self.buckets.slots, jnp.int32)
+
+        shardings = jax.tree.map(lambda a: a.sharding, (kv, state, self._lengths_array()))
+        return jax.jit(make, out_shardings=shardings).lower()
+
+    def _hidden(self, count: int) -> Any:
+        return self._abstract((count, self.programs.model.hidden_size), jnp.float32)
+
+
+def _sample_name(num_rows: int, variant: Variant) -> str:
+    return f"sample[{num_rows},{variant.value}]"
+
+
+def _padding(layout: StepLayout) -> np.ndarray:
+    """A step without tokens."""
+    packed = np.zeros(layout.size, np.int32)
+    for name in ("row_slot", "sample_slot"):
+        offset, shape = layout.parts[name]
+        packed[offset : offset + shape[0]] = layout.slots
+    return packed
+
+
+def _padding_rows(count: int, slots: int) -> np.ndarray:
+    packed = np.zeros((count, rows.NUM_COLUMNS), np.int32)
+    packed[:, 0] = slots
+    return packed
+
+
+def _default_tables(vocab: int) -> rows.RowTables:
+    bits = np.zeros(rows.num_words(vocab), np.uint32)
+    return rows.RowTables(bits, bits, bits, np.zeros(vocab, np.int16))

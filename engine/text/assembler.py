@@ -1,0 +1,71 @@
+"""From a request's tokens to its text: incremental decoding and stop strings, one object per choice.
+
+Used by LLM and the gateway; the core only ever sees token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..sampling_params import SamplingParams
+from .detokenizer import IncrementalDetokenizer
+from .stop_strings import StopStrings
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """New text, and the stop string that ended the request, if one did."""
+
+    text: str
+    matched: str | None = None
+
+
+class TextAssembler:
+    """Push tokens, take text. After a match nothing more is to be pushed."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        self._detokenizer = (
+            IncrementalDetokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
+            if params.detokenize
+            else None
+        )
+        self._stops = (
+            StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
+        )
+        self._min_tokens = params.min_tokens
+        self._keeps_stop = params.include_stop_str_in_output
+        self._num_tokens = 0
+
+    def push(self, token_id: int, *, is_last: bool, is_stop_token: bool) -> TextDelta:
+        """The text that one more token makes final.
+
+        A stop token (end of sequence or stop_token_ids) has no text unless stops are to be included; with the last
+        token everything held back comes out.
+        """
+        self._num_tokens += 1
+        if self._detokenizer is None:
+            return TextDelta("")
+        text = ""
+        if not is_stop_token or self._keeps_stop:
+            text = self._detokenizer.append([token_id])
+        if is_last:
+            text += self._detokenizer.finish()
+        return self._through_stops(text, is_last)
+
+    def flush(self) -> TextDelta:
+        """What was held back, for a request that ends without a token (abort, error)."""
+        if self._detokenizer is None:
+            return TextDelta("")
+        return self._through_stops(self._detokenizer.finish(), True)
+
+    def _through_stops(self, text: str, is_last: bool) -> TextDelta:
+        if self._stops is None:
+            return TextDelta(text)
+        result = self._stops.push(text, may_match=self._num_tokens > self._min_tokens)
+        if result.matched is not None:
+            return TextDelta(result.text, result.matched)
+        return TextDelta(result.text + (self._stops.flush() if is_last else ""))

@@ -1,0 +1,58 @@
+"""Self-attention over pages: projections, optional head norms, rope, the op."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ..pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
+from .context import Context
+from .linear import linear, linear_sum
+from .norm import rms_norm
+from .rope import rotate
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Static facts of an attention layer."""
+
+    head_dim: int
+    epsilon: float  # of the head norms
+    spec: AttentionSpec
+
+
+@struct.dataclass
+class Attention:
+    """The weights of one attention layer; q, k and v fused."""
+
+    qkv: object  # [(heads + 2 * kv_heads) * head_dim, hidden]
+    qkv_bias: jax.Array | None
+    out: object  # [hidden, heads * head_dim]
+    out_bias: jax.Array | None  # [hidden]
+    q_norm: jax.Array | None  # [head_dim]
+    k_norm: jax.Array | None  # [head_dim]
+
+
+def attention(
+    x: jax.Array,  # [tokens, hidden]
+    weights: Attention,
+    kv: KVPages,
+    batch: AttentionBatch,
+    tables: tuple[jax.Array, jax.Array],  # cos, sin
+    shape: HeadShape,
+    ctx: Context,
+) -> tuple[jax.Array, KVPages]:
+    """f32[tokens, hidden] and the cache with this step's keys and values."""
+    tokens, dim = x.shape[0], shape.head_dim
+    qkv = linear(x, weights.qkv, weights.qkv_bias, ctx)
+    kv_heads = kv.k.shape[1]
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    q, k, v = jnp.split(qkv.reshape(tokens, -1, dim), [heads, heads + kv_heads], axis=1)
+    if weights.q_norm is not None and weights.k_norm is not None:
+        q = rms_norm(q, weights.q_norm, shape.epsilon)
+        k = rms_norm(k, weights.k_norm, shape.epsilon)
+    out, kv = ctx.ops.paged_attention(
+        rotate(q, tables), rotate(k, tables), v, kv, batch, shape.spec
+    )
+    return linear_sum(out.reshape(tokens, heads * dim), weights.out, weights.out_bias, ctx), kv

@@ -1,0 +1,252 @@
+"""Safetensors -> the arrays of a Param tree, pulled by the leaves.
+
+Files are memory-mapped; each Param copies its slices once, already joined and in its dtype, so the peak above the
+weights is a few tensors. Ends with two exact lists, missing and unexpected tensors, and refuses if either has any.
+Never reads pickle.
+"""
+
+import json
+import mmap
+import struct
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from .mesh import partition
+from .param import Param, map_params, param_leaves
+from .quantization.plain import Plain
+
+_DTYPE_BY_NAME = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_MAX_HEADER_BYTES = 100_000_000
+_LISTED = 20  # tensors named in a message
+_LOAD_THREADS = 4
+
+
+class CheckpointError(ValueError):
+    """The weight files are missing, damaged, or not those of this model."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: dtype name as in the file, shape, and byte range in the mapped file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files, mapped into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._tensors: dict[str, StoredTensor] = {}
+        for path in _weight_files(folder):
+            for name, tensor in self._read_header(path):
+                if name in self._tensors:
+                    other = self._tensors[name].path.name
+                    raise CheckpointError(
+                        f"tensor {name!r} is in both {other} and {path.name} of {folder}; "
+                        "remove the file that does not belong to this model"
+                    )
+                self._tensors[name] = tensor
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def tensor(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """A view of the file's bytes; copy it before keeping it. Raises CheckpointError."""
+        stored = self._tensors[name]
+        if stored.dtype not in _DTYPE_BY_NAME:
+            raise CheckpointError(
+                f"{stored.path}: tensor {name!r} has dtype {stored.dtype}, and unquantized weights are "
+                f"{', '.join(_DTYPE_BY_NAME)}; use an unquantized checkpoint"
+            )
+        data = memoryview(self._maps[stored.path])[stored.start : stored.end]
+        return np.frombuffer(data, _DTYPE_BY_NAME[stored.dtype]).reshape(stored.shape)
+
+    def _read_header(self, path: Path) -> Iterable[tuple[str, StoredTensor]]:
+        total = path.stat().st_size
+        again = "the file is truncated or damaged; download it again"
+        if total < 8:
+            raise CheckpointError(f"{path} has {total} bytes, too few for a safetensors header; {again}")
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._maps[path] = mapped
+        (length,) = struct.unpack("<Q", mapped[:8])
+        if length > min(total - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path} says its header has {length} bytes but the file has {total}; {again}"
+            )
+        try:
+            header = json.loads(mapped[8 : 8 + length])
+            entries = [
+                (name, e["dtype"], tuple(e["shape"]), *e["data_offsets"])
+                for name, e in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} has an unreadable header ({type(error).__name__}: {error}); {again}"
+            ) from error
+        for name, dtype, shape, start, end in entries:
+            start, end = start + 8 + length, end + 8 + length
+            size = _DTYPE_BY_NAME[dtype].itemsize if dtype in _DTYPE_BY_NAME else None
+            if not 8 + length <= start <= end <= total:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} ends at byte {end} but the file has {total}; {again}"
+                )
+            if size is not None and end - start != int(np.prod(shape, dtype=np.int64)) * size:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} of shape {list(shape)} does not fill its {end - start} "
+                    f"bytes; {again}"
+                )
+            yield name, StoredTensor(path, dtype, shape, start, end)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, by its index if it has one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a readable index ({error}); download it again") from error
+        paths = [folder / name for name in names]
+        lost = [p.name for p in paths if not p.is_file() or p.parent.resolve() != folder.resolve()]
+        if lost:
+            raise CheckpointError(
+                f"{index.name} names files that are not in {folder}: {', '.join(lost[:_LISTED])}; "
+                "download them as well"
+            )
+        return paths
+    found = sorted(folder.glob("*.safetensors"))
+    if (folder / "model.safetensors") in found:
+        return [folder / "model.safetensors"]
+    if found:
+        return found
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has only pickle weights ({', '.join(pickled[:3])}), which can run code when read and "
+            "are never opened; convert them with transformers: "
+            "model.save_pretrained(folder, safe_serialization=True)"
+        )
+    raise CheckpointError(f"{folder} has no *.safetensors file; a model folder needs its weights")
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    params: Any,
+    weight_format: Plain,
+    mesh: Mesh,
+    is_unused: Callable[[str], bool],
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Any:
+    """The tree with each Param replaced by its device arrays, in parallel.
+
+    `is_unused` names tensors that published files carry and the model does not read; `progress` is called with the
+    bytes of each finished Param. Raises CheckpointError listing missing, unexpected and misshapen tensors.
+    """
+    check_names(checkpoint, params, is_unused)
+
+    def load(param: Param) -> Any:
+        parts = [checkpoint.read(s.tensor) for s in param.slices]
+        joined = np.empty(param.shape, weight_format.dtype)
+        row = 0
+        for part, piece in zip(parts, param.slices, strict=True):
+            joined[row : row + piece.rows] = part
+            row += piece.rows
+        array = jax.device_put(joined, NamedSharding(mesh, partition(param.axes)))
+        progress(joined.nbytes)
+        return weight_format.wrap(param, array)
+
+    with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load") as pool:
+        futures = map_params(lambda param: pool.submit(load, param), params)
+        return jax.tree.map(lambda future: future.result(), futures)
+
+
+def check_names(
+    checkpoint: Checkpoint, params: Any, is_unused: Callable[[str], bool]
+) -> None:
+    """Raise CheckpointError unless the checkpoint has exactly the tensors of the tree, in their shapes."""
+    wanted = {
+        s.tensor: (s.rows, *param.shape[1:]) for param in param_leaves(params) for s in param.slices
+    }
+    there = checkpoint.names()
+    missing = sorted(wanted.keys() - there)
+    unexpected = sorted(n for n in there - wanted.keys() if not is_unused(n))
+    misshapen = [
+        f"{name}: the config says {list(wanted[name])}, the file has {list(checkpoint.tensor(name).shape)}"
+        for name in sorted(wanted.keys() & there)
+        if checkpoint.tensor(name).shape != wanted[name]
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}"
+        for what, names in (
+            ("missing tensors", missing),
+            ("unexpected tensors", unexpected),
+            ("tensors of another shape", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights in {checkpoint.folder} are not those its config.json describes; {'; '.join(problems)}. "
+            "Take config and weights from the same revision"
+        )
+
+
+def dummy_weights(params: Any, weight_format: Plain, mesh: Mesh, seed: int) -> Any:
+    """Random weights of the tree's shapes, made on the device: norms and biases at their start value, the rest
+    normal(0, 0.02)."""
+    index = {id(param): i for i, param in enumerate(param_leaves(params))}
+
+    def make(param: Param) -> Any:
+        sharding = NamedSharding(mesh, partition(param.axes))
+        build = _constant if param.fill is not None else _normal
+        array = build(seed, index[id(param)], param.shape, weight_format.dtype, sharding, param.fill)
+        return weight_format.wrap(param, array)
+
+    return map_params(make, params)
+
+
+# Jitted over the static shape, so a model compiles one program per distinct shape, not per weight.
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _normal(
+    seed: int, index: int, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, _: None
+) -> jax.Array:
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape) * 0.02
+    return jax.lax.with_sharding_constraint(noise.astype(dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _constant(
+    seed: int, index: int, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, fill: float
+) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.full(shape, fill, dtype), sharding)
+
+
+def weight_bytes(params: Any, weight_format: Plain) -> int:
+    """Bytes of all arrays of the tree."""
+    return sum(int(np.prod(p.shape, dtype=np.int64)) for p in param_leaves(params)) * weight_format.dtype.itemsize

@@ -1,0 +1,83 @@
+"""Where the bytes of the KV cache are: which layers share pages, and the arrays.
+
+Layers with the same KVSpec and the same reach form a group with its own page table. All groups draw page ids from
+one pool; layer j of every group uses array j, so a page belongs to one group at a time and no array has holes.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..pallas_kernels.checks import KVPages
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """What one layer keeps for each token. value_dim None: a latent cache, one array."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int | None
+    window: int | None = None  # keys a query sees, itself included; None: all
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """windows: per group; group_by_layer and array_by_layer: per layer; arrays: the shape of each array."""
+
+    windows: tuple[int | None, ...]
+    group_by_layer: tuple[int, ...]
+    array_by_layer: tuple[int, ...]
+    arrays: tuple[KVSpec, ...]
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.windows)
+
+
+def plan_layout(specs: list[KVSpec]) -> KVLayout:
+    """Group layers by (spec, reach). Raises ValueError when groups of different shapes would share arrays."""
+    groups: list[KVSpec] = []
+    counts: list[int] = []
+    group_by_layer, array_by_layer = [], []
+    for spec in specs:
+        if spec not in groups:
+            groups.append(spec)
+            counts.append(0)
+        group = groups.index(spec)
+        group_by_layer.append(group)
+        array_by_layer.append(counts[group])
+        counts[group] += 1
+    shapes = {(s.num_kv_heads, s.head_dim, s.value_dim) for s in groups}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"layers with KV caches of different shapes cannot share pages: {sorted(shapes)}"
+        )
+    arrays = (groups[0],) * max(counts)
+    return KVLayout(
+        tuple(s.window for s in groups), tuple(group_by_layer), tuple(array_by_layer), arrays
+    )
+
+
+def page_bytes(layout: KVLayout, page_size: int, dtype: np.dtype) -> int:
+    """Bytes of one page id over all arrays."""
+    columns = sum(s.num_kv_heads * (s.head_dim + (s.value_dim or 0)) for s in layout.arrays)
+    return columns * page_size * dtype.itemsize
+
+
+def abstract_pages(
+    layout: KVLayout, num_pages: int, page_size: int, dtype: np.dtype
+) -> tuple[KVPages, ...]:
+    """The arrays as jax.ShapeDtypeStruct, one KVPages per array index."""
+
+    def array(spec: KVSpec, dim: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            (num_pages, spec.num_kv_heads, page_size, dim), jnp.dtype(dtype)
+        )
+
+    return tuple(
+        KVPages(array(s, s.head_dim), None if s.value_dim is None else array(s, s.value_dim))
+        for s in layout.arrays
+    )

@@ -1,0 +1,225 @@
+"""Reads config.json so that every key is accounted for: used, known not to matter, or refused by name.
+
+A model we would run wrongly is worse than one we do not run. The keys that do not matter stand in one table with the
+reason; a key that matters only at some values is listed with the values that are harmless.
+"""
+
+import difflib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..rope import RopeConfig, rope_types
+
+_TRAINING = "training only"
+_GENERATION = "generation default; read from generation_config.json or the tokenizer"
+_LABEL = "classification heads only"
+_OUTPUT = "selects what transformers returns"
+_ORIGIN = "says where the file came from"
+_CODE = "names remote code, which is never run; architectures are built in"
+
+# key -> why it cannot change the logits
+IRRELEVANT = {
+    "_attn_implementation_autoset": _OUTPUT,
+    "_name_or_path": _ORIGIN,
+    "architectures": "model_type decides",
+    "attention_dropout": _TRAINING,
+    "auto_map": _CODE,
+    "begin_suppress_tokens": _GENERATION,
+    "bos_token_id": _GENERATION,
+    "decoder_start_token_id": _GENERATION,
+    "eos_token_id": _GENERATION,
+    "exponential_decay_length_penalty": _GENERATION,
+    "finetuning_task": _ORIGIN,
+    "forced_bos_token_id": _GENERATION,
+    "forced_eos_token_id": _GENERATION,
+    "hidden_dropout": _TRAINING,
+    "id2label": _LABEL,
+    "initializer_range": _TRAINING,
+    "label2id": _LABEL,
+    "max_window_layers": "read only with a sliding window",
+    "num_labels": _LABEL,
+    "output_attentions": _OUTPUT,
+    "output_hidden_states": _OUTPUT,
+    "pad_token_id": _GENERATION,
+    "prefix": _GENERATION,
+    "pretraining_tp": "splits matrix products without changing their sum",
+    "problem_type": _LABEL,
+    "resid_pdrop": _TRAINING,
+    "return_dict": _OUTPUT,
+    "return_dict_in_generate": _OUTPUT,
+    "sep_token_id": _GENERATION,
+    "suppress_tokens": _GENERATION,
+    "task_specific_params": _GENERATION,
+    "tokenizer_class": "the tokenizer's files decide",
+    "torchscript": _OUTPUT,
+    "transformers_version": _ORIGIN,
+    "unsloth_fixed": _ORIGIN,
+    "unsloth_version": _ORIGIN,
+    "use_cache": "quire always caches",
+}
+
+# key -> the values at which it does not change the logits
+HARMLESS_AT: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "tie_encoder_decoder": (False,),
+}
+
+_ROPE_KEYS = {
+    "default": (),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "truncate",
+    ),
+}  # fmt: skip
+_ROPE_NEEDED = {"linear": ("factor",), "llama3": _ROPE_KEYS["llama3"]}
+
+
+class ConfigError(ValueError):
+    """config.json is missing, unreadable, or says something that would be run wrongly."""
+
+
+_MISSING = object()
+
+
+class ConfigReader:
+    """The keys of one config.json; `take` uses one, `finish` refuses what nobody used."""
+
+    def __init__(self, keys: dict[str, Any], source: str, ignored: Collection[str] = ()) -> None:
+        self._keys = keys
+        self._source = source
+        self._ignored = frozenset(ignored)
+        self._taken: set[str] = set()
+
+    @classmethod
+    def from_folder(cls, folder: Path, ignored: Collection[str] = ()) -> "ConfigReader":
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} has no config.json; a model folder needs config.json, *.safetensors and "
+                "tokenizer.json. Give the folder that holds them"
+            )
+        try:
+            keys = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} is not valid JSON ({error}); download the file again"
+            ) from error
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{path} must hold a JSON object, got {type(keys).__name__}")
+        return cls(keys, str(path), ignored)
+
+    def take(self, key: str, kind: type, default: Any = _MISSING) -> Any:
+        """The value of a key, as `kind`; null counts as absent. `default` is what transformers assumes."""
+        self._taken.add(key)
+        value = self._keys.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise ConfigError(f"{self._source} has no {key!r}, which this model_type needs")
+            return default
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{self._source}: {key} must be {kind.__name__}, got {value!r}")
+        return kind(value)
+
+    def take_positive(self, key: str, default: Any = _MISSING) -> int:
+        value = self.take(key, int, default)
+        if value < 1:
+            raise ConfigError(f"{self._source}: {key} must be at least 1, got {value}")
+        return int(value)
+
+    def take_window(self, key: str, *, absent: int) -> int | None:
+        """A sliding window in tokens; null switches it off, an absent key means `absent`."""
+        if key not in self._keys:
+            self._taken.add(key)
+            return absent
+        return None if self._keys[key] is None else self.take_positive(key)
+
+    def take_layer_types(self, num_layers: int) -> list[str] | None:
+        """The kind of each layer, where the file says it."""
+        types: list[str] | None = self.take("layer_types", list, None)
+        known = ("full_attention", "sliding_attention")
+        if types is not None and (len(types) != num_layers or not set(types) <= set(known)):
+            raise ConfigError(
+                f"{self._source}: layer_types must list {num_layers} layers, each {' or '.join(known)}; "
+                f"got {len(types)}: {types[:4]}"
+            )
+        return types
+
+    def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> None:
+        """Use a key of which only some values are implemented."""
+        self._taken.add(key)
+        value = self._keys.get(key, default)
+        if value not in allowed:
+            raise ConfigError(
+                f"{self._source}: {key} = {value!r} is not implemented; quire runs "
+                + " or ".join(repr(a) for a in allowed)
+            )
+
+    def take_rope(self, head_dim: int, *, default_theta: float = 10000.0) -> RopeConfig:
+        """The rope, from rope_theta + rope_scaling (older files) or rope_parameters (newer)."""
+        old = self.take("rope_scaling", dict, {})
+        new = self.take("rope_parameters", dict, {})
+        options = dict(new or old)
+        theta = options.pop("rope_theta", None) or self.take("rope_theta", float, default_theta)
+        self._taken.add("rope_theta")
+        legacy = options.pop("type", None)
+        rope_type = options.pop("rope_type", legacy) or "default"
+        where = f"{self._source}: {'rope_parameters' if new else 'rope_scaling'}"
+        if rope_type not in rope_types():
+            raise ConfigError(
+                f"{where}: rope type {rope_type!r} is not implemented; quire runs {', '.join(rope_types())}"
+            )
+        if options.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise ConfigError(
+                f"{where}: partial_rotary_factor other than 1 is not implemented here"
+            )
+        unknown = set(options) - set(_ROPE_KEYS[rope_type]) - self._ignored
+        # Files carry keys of other rope types, as null or beside the default type.
+        unknown = {k for k in unknown if options[k] is not None and rope_type != "default"}
+        if unknown:
+            raise ConfigError(
+                f"{where}: unknown keys for rope type {rope_type!r}: {', '.join(sorted(unknown))}"
+            )
+        for key in _ROPE_NEEDED.get(rope_type, ()):
+            value = options.get(key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+                raise ConfigError(
+                    f"{where}: rope type {rope_type!r} needs a positive {key}, got {value!r}"
+                )
+        kept = {k: v for k, v in options.items() if k in _ROPE_KEYS[rope_type]}
+        max_position = self.take_positive("max_position_embeddings")
+        return RopeConfig(
+            rope_type, float(theta), head_dim, max_position, tuple(sorted(kept.items()))
+        )
+
+    def finish(self) -> None:
+        """Raise ConfigError naming every key that nobody accounts for."""
+        left = {
+            key: value
+            for key, value in self._keys.items()
+            if key not in self._taken
+            and key not in IRRELEVANT
+            and key not in self._ignored
+            and key != "model_type"
+            and not (key in HARMLESS_AT and value in HARMLESS_AT[key])
+        }
+        if not left:
+            return
+        listed = ", ".join(f"{k} = {json.dumps(v)[:60]}" for k, v in sorted(left.items()))
+        near = {k: difflib.get_close_matches(k, self._taken, 1) for k in left}
+        hints = "".join(f"; is {k} meant to be {m[0]}?" for k, m in sorted(near.items()) if m)
+        raise ConfigError(
+            f"{self._source} has keys that quire does not know, so the model might be run wrongly: {listed}{hints}. "
+            f"If they cannot change the answer, pass --ignore-config-keys {','.join(sorted(left))}"
+        )

@@ -1,0 +1,111 @@
+"""The programs of a step as pure functions: forward, sample, score, update_rows.
+
+`forward` gives the hidden states to be sampled and `sample` turns them into tokens: two executables, so that what
+depends on the previous token (masks) is an argument of the second only, and its variants multiply the small one.
+They run inside one shard_map over the mesh: shapes are those of one device.
+"""
+
+from enum import Enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..pallas_kernels.checks import KVPages
+from . import rows, sampling
+from .batch import StepLayout, unpack
+from .context import Context
+from .kv_pages import KVLayout
+from .models.llama import Decoder
+
+SCORE_ROWS = 64  # prompt logprobs go through the head in chunks of this many rows
+
+
+class Variant(Enum):
+    """The `sample` programs. Each next one does more and costs more."""
+
+    GREEDY = "greedy"  # argmax of the raw logits
+    GENERAL = "general"  # all parameters of the rows
+    FULL = "full"  # and a mask for this step, and logprobs
+
+
+class Hidden(NamedTuple):
+    """What forward leaves on the device for sample and score."""
+
+    rows: jax.Array  # f32[rows, hidden], normed
+    slots: jax.Array  # i32[rows], num_slots where nothing is sampled
+    flags: jax.Array  # i32[NUM_FLAGS]
+    tokens: jax.Array  # f32[tokens, hidden], normed
+
+
+class Programs:
+    """The functions to compile for one model and one cache layout."""
+
+    def __init__(
+        self, model: Decoder, kv_layout: KVLayout, page_size: int, ctx: Context
+    ) -> None:
+        self.model = model
+        self.kv_layout = kv_layout
+        self.page_size = page_size
+        self.ctx = ctx
+        # One jitted block for all layers and programs: a program traces one layer, not all.
+        self._block = jax.jit(model.block, static_argnums=(5,))
+
+    def forward(
+        self,
+        weights: Any,
+        kv: tuple[KVPages, ...],
+        lengths: jax.Array,  # i32[slots]
+        last_token: jax.Array,  # i32[slots]
+        packed: jax.Array,  # i32[layout.size]
+        layout: StepLayout,
+    ) -> tuple[Hidden, tuple[KVPages, ...], jax.Array]:
+        """Run the tokens of one step through all layers; kv and lengths are donated and returned."""
+        num_pages = kv[0].k.shape[0]
+        batch = unpack(
+            packed, lengths, last_token, layout, self.kv_layout.windows, num_pages, self.page_size
+        )
+        x = self.model.embed(weights, batch.token_ids, self.ctx)
+        tables = self.model.tables(batch.positions)
+        cache = list(kv)
+        for i, block in enumerate(weights.blocks):
+            j = self.kv_layout.array_by_layer[i]
+            group = batch.attention[self.kv_layout.group_by_layer[i]]
+            x, cache[j] = self._block(x, block, cache[j], group, tables, self.ctx)
+        x = self.model.final_norm(weights, x)
+        hidden = Hidden(x[batch.sample_token], batch.sample_slot, batch.flags, x)
+        return hidden, tuple(cache), batch.lengths
+
+    def sample(
+        self,
+        weights: Any,
+        state: rows.RowState,
+        hidden_rows: jax.Array,  # f32[rows, hidden]
+        slots: jax.Array,  # i32[rows]
+        flags: jax.Array,  # i32[NUM_FLAGS]
+        step_mask: jax.Array | None,  # u32[rows, words]; FULL only
+        variant: Variant,
+        num_logprobs: int,
+    ) -> tuple[sampling.Sampled, rows.RowState]:
+        """One token per row; state is donated and returned."""
+        logits = self.model.head(weights, hidden_rows, self.ctx)
+        if variant is Variant.GREEDY:
+            return sampling.sample_greedy(logits, state, slots)
+        wanted = num_logprobs if variant is Variant.FULL else None
+        return sampling.sample(logits, state, slots, flags, step_mask, wanted)
+
+    def score(
+        self,
+        weights: Any,
+        hidden_tokens: jax.Array,  # f32[tokens, hidden]
+        first: jax.Array,  # i32[]
+        targets: jax.Array,  # i32[SCORE_ROWS]
+        num_logprobs: int,
+    ) -> sampling.TokenLogprobs:
+        """Logprobs of given next tokens at SCORE_ROWS positions from `first`; past the end means nothing."""
+        missing = max(0, SCORE_ROWS - hidden_tokens.shape[0])
+        padded = jnp.pad(hidden_tokens, ((0, missing), (0, 0)))
+        # A slice past the end is shifted back by lax: clip its rows one by one instead.
+        at = jnp.minimum(first + jnp.arange(SCORE_ROWS), padded.shape[0] - 1)
+        logits = self.model.head(weights, padded[at], self.ctx)
+        return sampling.token_logprobs(logits, targets, num_logprobs)

@@ -1,0 +1,24 @@
+"""Weights held as they are, in one dtype."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..linear import DenseWeight
+from ..param import Kind, Param
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The format of unquantized checkpoints: a Param is one array of `dtype`."""
+
+    dtype: np.dtype
+
+    def wrap(self, param: Param, array: Any) -> Any:
+        """What the layers read: a DenseWeight for a matrix, the array itself for the rest."""
+        return DenseWeight(array) if param.kind is Kind.LINEAR else array
+
+    def abstract(self, param: Param) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(param.shape, self.dtype)

@@ -1,0 +1,126 @@
+"""The device state of the rows (running requests): one entry per slot, reset as a whole when a slot is reused.
+
+The programs advance it (last token, output count, token counts); the host only ever writes whole rows, so a row
+cannot carry over anything of the request that had it before.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+MAX_BIASES = 300  # logit_bias pairs a row can hold
+
+
+@struct.dataclass
+class RowState:
+    """Everything `sample` knows about a row. words = ceil(vocab / 32); bit i of word j is token 32 j + i."""
+
+    last_token: jax.Array  # i32[slots]
+    num_output: jax.Array  # i32[slots], tokens sampled so far
+    key: jax.Array  # u32[slots, 2], of (request seed, choice)
+    temperature: jax.Array  # f32[slots], 0 is greedy
+    top_p: jax.Array  # f32[slots]
+    top_k: jax.Array  # i32[slots], vocab if off
+    min_p: jax.Array  # f32[slots]
+    presence: jax.Array  # f32[slots]
+    frequency: jax.Array  # f32[slots]
+    repetition: jax.Array  # f32[slots]
+    min_tokens: jax.Array  # i32[slots]
+    bias_id: jax.Array  # i32[slots, MAX_BIASES], vocab where unused
+    bias_value: jax.Array  # f32[slots, MAX_BIASES]
+    allowed: jax.Array  # u32[slots, words]
+    banned_early: jax.Array  # u32[slots, words], tokens banned before min_tokens
+    prompt_seen: jax.Array  # u32[slots, words]
+    counts: jax.Array  # i16[slots, vocab], of output tokens
+
+
+@struct.dataclass
+class RowTables:
+    """The wide part of one row, sent only for requests that use it."""
+
+    allowed: jax.Array  # u32[words]
+    banned_early: jax.Array  # u32[words]
+    prompt_seen: jax.Array  # u32[words]
+    counts: jax.Array  # i16[vocab]
+
+
+def num_words(vocab: int) -> int:
+    return -(-vocab // 32)
+
+
+def abstract_rows(slots: int, vocab: int) -> RowState:
+    """The state as jax.ShapeDtypeStructs."""
+    i, f, words = jnp.int32, jnp.float32, num_words(vocab)
+
+    def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((slots, *shape), dtype)
+
+    return RowState(
+        last_token=array(i), num_output=array(i), key=array(jnp.uint32, 2),
+        temperature=array(f), top_p=array(f), top_k=array(i), min_p=array(f),
+        presence=array(f), frequency=array(f), repetition=array(f), min_tokens=array(i),
+        bias_id=array(i, MAX_BIASES), bias_value=array(f, MAX_BIASES),
+        allowed=array(jnp.uint32, words), banned_early=array(jnp.uint32, words),
+        prompt_seen=array(jnp.uint32, words), counts=array(jnp.int16, vocab),
+    )  # fmt: skip
+
+
+# One changed row on its way to the device: i32 columns, floats by their bits.
+ROW_COLUMNS = (
+    "slot", "length", "last_token", "num_output", "seed_high", "seed_low", "choice", "top_k", "min_tokens",
+    "temperature", "top_p", "min_p", "presence", "frequency", "repetition",
+)  # fmt: skip
+NUM_COLUMNS = len(ROW_COLUMNS) + 2 * MAX_BIASES
+
+
+def update_rows(
+    state: RowState,
+    lengths: jax.Array,  # i32[slots]
+    packed: jax.Array,  # i32[changed, NUM_COLUMNS]; slot = slots where padded
+    tables: RowTables | None,  # of the single changed row, else the defaults
+) -> tuple[RowState, jax.Array]:
+    """Write changed rows in full, and their lengths."""
+    column = {name: packed[:, i] for i, name in enumerate(ROW_COLUMNS)}
+    slot = column["slot"]
+    rows, vocab = packed.shape[0], state.counts.shape[-1]
+    words = state.allowed.shape[-1]
+    start = len(ROW_COLUMNS)
+
+    def real(bits: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def key(high: jax.Array, low: jax.Array, choice: jax.Array) -> jax.Array:
+        seed = jnp.stack([high, low]).astype(jnp.uint32)
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(seed), choice))
+
+    zeros = jnp.zeros((rows, words), jnp.uint32)
+    new = RowState(
+        **{name: column[name] for name in ("last_token", "num_output", "top_k", "min_tokens")},
+        **{
+            name: real(column[name])
+            for name in ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
+        },
+        key=jax.vmap(key)(column["seed_high"], column["seed_low"], column["choice"]),
+        bias_id=packed[:, start : start + MAX_BIASES],
+        bias_value=real(packed[:, start + MAX_BIASES :]),
+        allowed=~zeros if tables is None else tables.allowed[None],
+        banned_early=zeros if tables is None else tables.banned_early[None],
+        prompt_seen=zeros if tables is None else tables.prompt_seen[None],
+        counts=jnp.zeros((rows, vocab), jnp.int16) if tables is None else tables.counts[None],
+    )
+    state = jax.tree.map(lambda old, row: old.at[slot].set(row, mode="drop"), state, new)
+    return state, lengths.at[slot].set(column["length"], mode="drop")
+
+
+def unpack_bits(words: jax.Array, vocab: int) -> jax.Array:
+    """bool[rows, vocab] from u32[rows, words]."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(words.shape[0], -1)[:, :vocab].astype(bool)
+
+
+def pack_bits(token_ids: "np.typing.ArrayLike", vocab: int) -> np.ndarray:
+    """u32[words] with the bits of these tokens set. Host side."""
+    bits = np.zeros(num_words(vocab) * 32, np.uint8)
+    bits[np.asarray(token_ids, np.int64)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)

@@ -1,0 +1,109 @@
+"""The contract of each op: the types of its arguments and the shape and dtype rules, checked at trace time.
+
+The registry's dispatch runs these once for every implementation, so the shape comments elsewhere cannot rot.
+Axis words: tokens, rows, heads, kv_heads, head_dim, value_dim, pages, page_size, width (pages a row may hold), items.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Queries of one work item. A row with several queries is cut into items of this many.
+QUERIES_PER_ITEM = 16
+
+
+class KVPages(NamedTuple):
+    """One layer's cache. `v` is None for a latent cache, whose values are the first columns of `k`."""
+
+    k: jax.Array  # [pages, kv_heads, page_size, head_dim]
+    v: jax.Array | None  # [pages, kv_heads, page_size, value_dim]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What is known before tracing. Hashable: it is a static argument of a layer."""
+
+    scale: float
+    soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
+    value_dim: int | None = None  # needed for a latent cache, where v is None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Which keys each query of a ragged step may see, and where new keys are written.
+
+    Tokens of one-query rows come first: token t < num_single is the only query of row t. The rest is cut into
+    work items of at most QUERIES_PER_ITEM consecutive tokens of one row.
+    """
+
+    attend_from: jax.Array  # i32[tokens], first visible position; a padded token has from = to = 0
+    attend_to: jax.Array  # i32[tokens], one past the last visible position
+    token_row: jax.Array  # i32[tokens], row of the page table
+    write_page: (
+        jax.Array
+    )  # i32[tokens], page that receives the token's k and v; pages (dropped) if padded
+    write_offset: jax.Array  # i32[tokens], slot inside that page
+    page_table: jax.Array  # i32[rows, width], page 0 past the end and where pages were freed
+    num_single: jax.Array  # i32[]
+    num_items: jax.Array  # i32[]
+    item_row: jax.Array  # i32[items]
+    item_first: jax.Array  # i32[items], first token
+    item_count: jax.Array  # i32[items], tokens
+
+
+class ContractError(TypeError):
+    """An op was called with arrays that break its contract; always a bug of the caller's code."""
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ContractError(rule)
+
+
+def check_paged_attention(
+    q: jax.Array,  # [tokens, heads, head_dim]
+    k_new: jax.Array,  # [tokens, kv_heads, head_dim]
+    v_new: jax.Array | None,  # [tokens, kv_heads, value_dim]
+    kv: KVPages,
+    batch: AttentionBatch,
+    spec: AttentionSpec,
+    sinks: jax.Array | None,  # f32[heads]
+) -> None:
+    """Raise ContractError, naming the rule and both shapes, unless the arguments fit together."""
+    tokens, heads, head_dim = q.shape
+    _, kv_heads, page_size, cache_dim = kv.k.shape
+    _require(heads % kv_heads == 0, f"heads must be a multiple of kv_heads: {heads}, {kv_heads}")
+    _require(cache_dim == head_dim, f"q has head_dim {head_dim}, the cache has {cache_dim}")
+    _require(
+        k_new.shape == (tokens, kv_heads, head_dim),
+        f"k_new must be [tokens, kv_heads, head_dim] = {(tokens, kv_heads, head_dim)}, got {k_new.shape}",
+    )
+    _require((v_new is None) == (kv.v is None), "v_new and the cache's v must both be there or not")
+    if kv.v is None:
+        _require(
+            spec.value_dim is not None and 0 < spec.value_dim <= head_dim,
+            f"a latent cache needs 0 < value_dim <= {head_dim}, got {spec.value_dim}",
+        )
+    elif v_new is not None:
+        want = (tokens, kv_heads, kv.v.shape[-1])
+        _require(
+            v_new.shape == want,
+            f"v_new must be [tokens, kv_heads, value_dim] = {want}, got {v_new.shape}",
+        )
+        _require(
+            kv.v.shape[:3] == kv.k.shape[:3], f"k and v pages differ: {kv.k.shape}, {kv.v.shape}"
+        )
+    if sinks is not None:
+        _require(sinks.shape == (heads,), f"sinks must be [heads] = ({heads},), got {sinks.shape}")
+    for name in ("attend_from", "attend_to", "token_row", "write_page", "write_offset"):
+        array = getattr(batch, name)
+        _require(array.shape == (tokens,), f"{name} must be i32[{tokens}], got {array.shape}")
+        _require(array.dtype == jnp.int32, f"{name} must be i32, got {array.dtype}")
+    _require(
+        batch.page_table.ndim == 2,
+        f"page_table must be [rows, width], got {batch.page_table.shape}",
+    )
+    _require(page_size > 0 and kv.k.shape[0] > 1, "the cache needs the null page and one more")
