@@ -1,7 +1,7 @@
 """quire: a language-model inference engine on JAX over a paged KV cache.
 
-`from quire import LLM, SamplingParams` is the whole offline API. Importing this package loads neither JAX nor a
-model: names are looked up on first use.
+`from quire import LLM, SamplingParams` is the whole offline API. Importing this package loads
+neither JAX nor a model: names are looked up on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_BY_NAME:
-        raise AttributeError(f"module 'quire' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'quire' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     from importlib import import_module
 
     return getattr(import_module(f".engine.{_MODULE_BY_NAME[name]}", __name__), name)

@@ -1,7 +1,7 @@
 """Packs a plan into the one i32 array of its step.
 
-Page tables are kept per slot and only their new pages are written, so a decode step copies them in one go. The
-array itself is fresh every step: on CPU a running step still reads the last one.
+Page tables are kept per slot and only their new pages are written, so a decode step copies them in
+one go. The array itself is fresh every step: on CPU a running step still reads the last one.
 """
 
 from dataclasses import dataclass
@@ -73,7 +73,9 @@ class BatchBuilder:
         part["row_slot"][:] = part["sample_slot"][:] = layout.slots
         part["row_slot"][:num_rows] = slots
         part["row_count"][:num_rows] = [chunk.count for chunk in plan.chunks]
-        part["sample_slot"][:num_rows] = [c.slot if c.samples else layout.slots for c in plan.chunks]
+        part["sample_slot"][:num_rows] = [
+            c.slot if c.samples else layout.slots for c in plan.chunks
+        ]
         part["sample_token"][:num_rows] = [
             first + chunk.count - 1 for first, chunk in zip(first_token, plan.chunks, strict=True)
         ]
@@ -97,8 +99,9 @@ class BatchBuilder:
         return first_token
 
     def _refresh_table(self, chunk: Chunk) -> None:
-        """Copy the pages that the slot's table does not have yet. Pages that fell out of a window stay: no query
-        sees them."""
+        """Copy the pages that the slot's table does not have yet. Pages that fell out of a window
+        stay: no query sees them.
+        """
         for group, pages in enumerate(chunk.request.pages):
             start = self._written[group][chunk.slot]
             if start < len(pages):

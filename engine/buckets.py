@@ -3,19 +3,21 @@
 from dataclasses import dataclass
 
 from ..layers.batch import StepLayout
-from ..layers.programs import Variant
+from ..layers.programs import SCORE_ROWS, Variant
 from .errors import ConfigError
 
 _CPU_TOKENS = (2, 4, 8, 16, 32, 64, 256, 1024)
 _GPU_TOKENS = (1, *_CPU_TOKENS, 2048, 4096, 8192)
+# Sizes of `sample`: fewer than those of forward, a few idle rows of the head cost little.
+_ROWS = (8, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Buckets:
     """The closed set of programs of an engine.
 
-    tokens: ascending sizes of forward; rows: ascending sizes of sample; slots: device rows; width: pages a row's
-    table holds; groups: KV groups.
+    tokens: ascending sizes of forward; rows: ascending sizes of sample; slots: device rows;
+    width: pages a row's table holds; groups: KV groups.
     """
 
     tokens: tuple[int, ...]
@@ -28,7 +30,7 @@ class Buckets:
         """The layout of the forward program of `tokens`."""
         return StepLayout(
             tokens=tokens,
-            rows=min(tokens, self.rows[-1]),
+            rows=next(r for r in self.rows if r >= min(tokens, self.rows[-1])),
             groups=self.groups,
             width=self.width,
             slots=self.slots,
@@ -41,6 +43,14 @@ class Buckets:
     def sample_programs(self) -> list[tuple[int, Variant]]:
         return [(rows, variant) for rows in self.rows for variant in Variant]
 
+    def score_programs(self) -> list[tuple[int, int]]:
+        """(hidden states, targets) that logprobs are taken of: sampled rows, and chunks of whole
+        steps.
+        """
+        return sorted(
+            {(r, r) for r in self.rows} | {(max(t, SCORE_ROWS), SCORE_ROWS) for t in self.tokens}
+        )
+
 
 def plan_buckets(
     platform: str,
@@ -51,26 +61,29 @@ def plan_buckets(
     pages_per_row: int,
     num_groups: int,
 ) -> Buckets:
-    """The shapes for one engine. Raises ConfigError when given token buckets cannot serve a step."""
+    """The shapes of one engine. Raises ConfigError for token buckets that cannot serve a step."""
     # A matmul with one row is 10-60x slower than with two on CPU.
     smallest = 2 if platform == "cpu" else 1
     if token_buckets is not None:
         tokens = sorted(set(token_buckets))
         if not tokens or tokens[0] < smallest:
-            raise ConfigError(f"token_buckets must be at least {smallest} on {platform}, got {tokens}")
+            raise ConfigError(
+                f"token_buckets must be at least {smallest} on {platform}, got {tokens}"
+            )
         if tokens[-1] != max_num_batched_tokens:
             raise ConfigError(
-                f"the largest of token_buckets must be max_num_batched_tokens = {max_num_batched_tokens}, "
+                "the largest of token_buckets must be max_num_batched_tokens = "
+                f"{max_num_batched_tokens}, "
                 f"got {tokens[-1]}"
             )
     else:
         table = _CPU_TOKENS if platform == "cpu" else _GPU_TOKENS
         tokens = [t for t in table if smallest <= t < max_num_batched_tokens]
         tokens.append(max(max_num_batched_tokens, smallest))
-    most_rows = max(max_num_seqs, smallest)
+    most_rows = max(min(max_num_seqs, max_num_batched_tokens), smallest)
     return Buckets(
         tokens=tuple(tokens),
-        rows=tuple(sorted({min(t, most_rows) for t in tokens})),
+        rows=(*(r for r in _ROWS if r < most_rows), most_rows),
         slots=max_num_seqs,
         width=pages_per_row,
         groups=num_groups,

@@ -1,7 +1,7 @@
 """Compiles a closed set of programs ahead of time, in parallel, through a persistent cache.
 
-Programs are traced and lowered on the calling thread (tracing holds the GIL) and compiled in a pool. A counter of
-compile events of the whole process is kept here: after warm-up it must not move.
+Programs are traced and lowered on the calling thread (tracing holds the GIL) and compiled in a
+pool. A counter of compile events of the whole process is kept here: after warm-up it must not move.
 """
 
 import os
@@ -42,7 +42,8 @@ class CompileReport:
 
     def line(self) -> str:
         return (
-            f"{self.loaded + self.compiled} programs in {self.total_s:.1f} s: {self.loaded} loaded, "
+            f"{self.loaded + self.compiled} programs in {self.total_s:.1f} s: {self.loaded} "
+            "loaded, "
             f"{self.compiled} compiled (tracing {self.lower_s:.1f} s)"
         )
 
@@ -72,21 +73,25 @@ class _Events:
 
     def count(self, *parts: str) -> int:
         with self._lock:
-            return sum(n for event, n in self.count_by_event.items() if any(p in event for p in parts))
+            return sum(
+                n for event, n in self.count_by_event.items() if any(p in event for p in parts)
+            )
 
 
 _EVENTS = _Events()
 
 
 def num_compile_events() -> int:
-    """Traces, lowerings and compiles of this process since the first engine; must stand still while serving."""
+    """Traces, lowerings and compiles of this process since the first engine; must stand still while
+    serving.
+    """
     return _EVENTS.count("/jax/core/compile/")
 
 
 def compile_all(
     specs: Iterable[ProgramSpec], progress: Callable[[str], None] = lambda name: None
 ) -> tuple[dict[str, Any], CompileReport]:
-    """name -> compiled executable, and what it took. `progress` is called with each finished name."""
+    """name -> executable, and what it took. `progress` is called with each finished name."""
     _EVENTS.listen()
     hits = _EVENTS.count("/jax/compilation_cache/cache_hits")
     start = time.perf_counter()
@@ -110,9 +115,7 @@ def compile_all(
     finally:
         threading.stack_size(previous)
     loaded = _EVENTS.count("/jax/compilation_cache/cache_hits") - hits
-    report = CompileReport(
-        loaded, len(compiled) - loaded, lower_s, time.perf_counter() - start
-    )
+    report = CompileReport(loaded, len(compiled) - loaded, lower_s, time.perf_counter() - start)
     return compiled, report
 
 
@@ -127,25 +130,29 @@ def default_cache_dir() -> Path:
 def open_cache(folder: Path) -> Path:
     """Make the folder private, and jax keep compiled programs in it. Returns the folder.
 
-    Compiled programs are code: a folder that someone else owns or can write to is refused with ConfigError.
+    Compiled programs are code: a folder that someone else owns or can write to is refused with
+    ConfigError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
     except OSError as error:
         raise ConfigError(
-            f"the compile cache {folder} cannot be made ({error.strerror}); set cache_dir or QUIRE_CACHE_DIR "
+            f"the compile cache {folder} cannot be made ({error.strerror}); set cache_dir or "
+            "QUIRE_CACHE_DIR "
             "to a folder that you can write to"
         ) from error
     way_out = "set cache_dir or QUIRE_CACHE_DIR to a folder of your own"
     if status.st_uid != os.geteuid():
         raise ConfigError(
-            f"the compile cache {folder} belongs to user {status.st_uid}, not to you ({os.geteuid()}), and "
+            f"the compile cache {folder} belongs to user {status.st_uid}, not to you "
+            f"({os.geteuid()}), and "
             f"compiled programs are code; {way_out}"
         )
     if stat.S_IMODE(status.st_mode) & 0o022:
         raise ConfigError(
-            f"the compile cache {folder} can be written by others (mode {stat.S_IMODE(status.st_mode):o}), and "
+            f"the compile cache {folder} can be written by others (mode "
+            f"{stat.S_IMODE(status.st_mode):o}), and "
             f"compiled programs are code; chmod 700 it, or {way_out}"
         )
     _EVENTS.listen()

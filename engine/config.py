@@ -1,7 +1,8 @@
-"""Every engine option, once: name, default, unit, help. Flags, LLM(...) keywords and docs are generated from here.
+"""Every engine option, once: name, default, unit, help. Flags, LLM(...) keywords and docs are
+generated from here.
 
-The config is frozen and holds what was asked; what is discovered (page count, context length that fits) lives with
-its discoverer.
+The config is frozen and holds what was asked; what is discovered (page count, context length that
+fits) lives with its discoverer.
 """
 
 import difflib
@@ -15,63 +16,72 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
 
-def option(default: Any, help: str, *, metavar: str | None = None) -> Any:
+def _option(default: Any, help: str, *, metavar: str | None = None) -> Any:
     """A field of the config: its default and the line that --help prints."""
     return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What the user asked for. None means: chosen by the platform or the model, as the help says."""
+    """What the user asked for. None: chosen by the platform or the model, as the help says."""
 
-    model: str | None = option(
+    model: str | None = _option(
         None, "model folder or hub id (org/name[@revision]); the embedded demo model if not given"
     )
-    tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's if not given")
-    revision: str | None = option(None, "branch, tag or commit of the model on the hub")
-    tokenizer_revision: str | None = option(None, "the same for the tokenizer")
-    download_dir: str | None = option(None, "where hub downloads are kept; the hub's cache if not given")
-    dtype: Dtype = option("auto", "dtype of the weights and the KV cache; auto is the checkpoint's")
-    load_format: LoadFormat = option("auto", "dummy makes random weights: shapes without a checkpoint")
-    max_model_len: int | Literal["auto"] | None = option(
+    tokenizer: str | None = _option(
+        None, "folder or hub id of the tokenizer; the model's if not given"
+    )
+    revision: str | None = _option(None, "branch, tag or commit of the model on the hub")
+    tokenizer_revision: str | None = _option(None, "the same for the tokenizer")
+    download_dir: str | None = _option(
+        None, "where hub downloads are kept; the hub's cache if not given"
+    )
+    dtype: Dtype = _option(
+        "auto", "dtype of the weights and the KV cache; auto is the checkpoint's"
+    )
+    load_format: LoadFormat = _option(
+        "auto", "dummy makes random weights: shapes without a checkpoint"
+    )
+    max_model_len: int | Literal["auto"] | None = _option(
         None, "longest context in tokens; the config's, or what fits in memory", metavar="TOKENS"
     )
-    seed: int = option(0, "seed of requests that bring none, and of dummy weights")
-    generation_config: Literal["auto", "vllm", "none"] = option(
+    seed: int = _option(0, "seed of requests that bring none, and of dummy weights")
+    generation_config: Literal["auto", "vllm", "none"] = _option(
         "auto", "auto applies the sampling defaults of generation_config.json; vllm and none do not"
     )
-    chat_template: str | None = option(None, "a Jinja file, or the template itself")
-    ignore_config_keys: tuple[str, ...] = option(
+    chat_template: str | None = _option(None, "a Jinja file, or the template itself")
+    ignore_config_keys: tuple[str, ...] = _option(
         (), "keys of config.json to pass over, comma separated", metavar="KEYS"
     )
-    tensor_parallel_size: int = option(1, "devices that share one model", metavar="DEVICES")
-    gpu_memory_utilization: float = option(
+    tensor_parallel_size: int = _option(1, "devices that share one model", metavar="DEVICES")
+    gpu_memory_utilization: float = _option(
         0.9, "share of a GPU's memory to use in all; without effect on CPU", metavar="FRACTION"
     )
-    kv_cache_memory_bytes: int | None = option(
+    kv_cache_memory_bytes: int | None = _option(
         None,
-        "memory for the KV cache; on CPU min(4 GiB, a quarter of what is available), on GPU what the "
+        "memory for the KV cache; on CPU min(4 GiB, a quarter of what is available), on GPU what "
+        "the "
         "weights and the workspace leave",
         metavar="BYTES",
     )
-    max_num_seqs: int | None = option(
+    max_num_seqs: int | None = _option(
         None, "requests that run at once; 64 on CPU, 256 on GPU", metavar="REQUESTS"
     )
-    max_num_batched_tokens: int | None = option(
+    max_num_batched_tokens: int | None = _option(
         None, "tokens of one step; 1024 on CPU, 8192 on GPU", metavar="TOKENS"
     )
-    token_buckets: tuple[int, ...] | None = option(
+    token_buckets: tuple[int, ...] | None = _option(
         None, "padded step sizes to compile, comma separated, in tokens", metavar="TOKENS,…"
     )
-    page_size: int | None = option(
+    page_size: int | None = _option(
         None, "tokens of one KV page; 16 on CPU, 64 on GPU", metavar="TOKENS"
     )
-    enable_prefix_caching: bool = option(True, "share the pages of equal prompt beginnings")
-    max_logprobs: int = option(20, "most logprobs a request may ask for; -1 lifts the cap")
-    lazy_compile: bool = option(
+    enable_prefix_caching: bool = _option(True, "share the pages of equal prompt beginnings")
+    max_logprobs: int = _option(20, "most logprobs a request may ask for; -1 lifts the cap")
+    lazy_compile: bool = _option(
         False, "compile each program on first use: starts at once, for debugging only"
     )
-    cache_dir: str | None = option(
+    cache_dir: str | None = _option(
         None, "compiled programs; $QUIRE_CACHE_DIR, else $XDG_CACHE_HOME/quire, else ~/.cache/quire"
     )
 

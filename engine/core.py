@@ -1,7 +1,8 @@
 """The step loop: schedule -> build -> run -> sample -> read.
 
-One step ahead: step n+1 is dispatched with step n's tokens still on the device, so a stop takes effect one step late
-and the extra token is dropped. The core owns no thread and no text; token ids in, StepOutputs out.
+One step ahead: step n+1 is dispatched with step n's tokens still on the device, so a stop takes
+effect one step late and the extra token is dropped. The core owns no thread and no text; token ids
+in, StepOutputs out.
 """
 
 import logging
@@ -30,7 +31,9 @@ _MAX_FAILURES = 2
 
 @dataclass(frozen=True)
 class Submission:
-    """A request at token level. params.max_tokens is resolved; seed is drawn by the caller if none was given."""
+    """A request at token level. params.max_tokens is resolved; seed is drawn by the caller if none
+    was given.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -93,6 +96,7 @@ class _InFlight:
 
     chunks: tuple[Chunk, ...]
     sampled: Sampled | None
+    logprobs: TokenLogprobs | None  # of the sampled rows
     scores: tuple[_Scores, ...]
 
 
@@ -138,8 +142,9 @@ class EngineCore:
         self._tracked[s.request_id] = _Tracked(request, needs, s.bad_words, stop_ids)
 
     def abort(self, request_id: str) -> None:
-        """End a request now; its pages are free for the next step. Unknown ids are ignored: it may just have
-        ended."""
+        """End a request now; its pages are free for the next step. Unknown ids are ignored: it may
+        just have ended.
+        """
         tracked = self._tracked.pop(request_id, None)
         if tracked is not None:
             self.scheduler.finish(tracked.request, FinishReason.ABORT)
@@ -168,7 +173,7 @@ class EngineCore:
         step = self._builder.build(plan, [t.needs for t in tracked])
         hidden = self._runner.forward(step.packed, step.layout.tokens)
         scores = tuple(self._score(plan, step, hidden))
-        sampled = None
+        sampled = logprobs = None
         sampling = [t for t, chunk in zip(tracked, plan.chunks, strict=True) if chunk.samples]
         if sampling:
             if any(t.needs.step_mask for t in sampling):
@@ -178,7 +183,9 @@ class EngineCore:
             mask = self._step_mask(plan, hidden)
             sampled = self._runner.sample(hidden, _variant(sampling), mask)
             sampled.token_and_flag.copy_to_host_async()
-        self._pending.append(_InFlight(plan.chunks, sampled, scores))
+            if any(t.needs.logprobs for t in sampling):
+                logprobs = self._runner.score(hidden.rows, 0, sampled.token)
+        self._pending.append(_InFlight(plan.chunks, sampled, logprobs, scores))
 
     def _write_rows(self, plan: StepPlan) -> None:
         """Write the device rows of admitted requests, in full."""
@@ -209,13 +216,16 @@ class EngineCore:
             request = chunk.request
             if request.params.prompt_logprobs is None:
                 continue
-            # Position i scores prompt token i + 1; recomputation after preemption scores again what it lost.
+            # Position i scores prompt token i + 1; recomputation after preemption scores again what
+            # it lost.
             end = min(chunk.first + chunk.count, request.num_prompt - 1)
             for first in range(chunk.first, end, SCORE_ROWS):
                 count = min(SCORE_ROWS, end - first)
                 targets = np.zeros(SCORE_ROWS, np.int32)
                 targets[:count] = request.token_ids(first + 1, count)
-                result = self._runner.score(hidden, first_token + first - chunk.first, targets)
+                result = self._runner.score(
+                    hidden.tokens, first_token + first - chunk.first, targets
+                )
                 scores.append(_Scores(request, first, count, result))
         return scores
 
@@ -243,7 +253,7 @@ class EngineCore:
         if flight.sampled is None:
             return
         tokens, flags = np.asarray(flight.sampled.token_and_flag).tolist()
-        logprobs = flight.sampled.logprobs
+        logprobs = flight.logprobs
         if logprobs is not None:
             logprobs = TokenLogprobs(*(np.asarray(a) for a in logprobs))
         for row, chunk in enumerate(flight.chunks):
@@ -336,7 +346,7 @@ class EngineCore:
         )
 
     def _recover(self, error: Exception) -> None:
-        """After a failed step the donated arrays are lost: start over, and end who failed before."""
+        """The donated arrays of a failed step are lost: start over, and end who failed before."""
         self.metrics.num_failed_steps += 1
         logger.error("a step failed and its requests are recomputed", exc_info=error)
         self._pending.clear()
@@ -353,6 +363,4 @@ class EngineCore:
 def _variant(sampling: list[_Tracked]) -> Variant:
     if all(t.needs.is_plain_greedy for t in sampling):
         return Variant.GREEDY
-    if any(t.needs.logprobs or t.needs.step_mask for t in sampling):
-        return Variant.FULL
     return Variant.GENERAL

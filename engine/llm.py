@@ -31,9 +31,10 @@ Message = Mapping[str, Any]
 class LLM:
     """A model in this process.
 
-    `LLM(model="path or hub id", dtype=…, max_model_len=…, …)` takes the options of EngineConfig (`quire generate
-    --help` lists them); without a model it loads the small embedded one. Methods may be called from any thread, also
-    inside a running event loop. Close it, or use it as a context manager, to free its memory.
+    `LLM(model="path or hub id", dtype=…, max_model_len=…, …)` takes the options of EngineConfig
+    (`quire generate --help` lists them); without a model it loads the small embedded one. Methods
+    may be called from any thread, also inside a running event loop. Close it, or use it as a
+    context manager, to free its memory.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
@@ -60,9 +61,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """One RequestOutput per prompt, in order.
 
-        A prompt is a string, a list of token ids, {"prompt": …} or {"prompt_token_ids": […]}; params are one for all
-        or one per prompt, by default those of the model's generation_config.json. Every prompt is checked before
-        any runs. Raises RequestError.
+        A prompt is a string, a list of token ids, {"prompt": …} or {"prompt_token_ids": […]};
+        params are one for all or one per prompt, by default those of the model's
+        generation_config.json. Every prompt is checked before any runs. Raises RequestError.
         """
         listed = _as_list(prompts)
         each = self._params_for(listed, sampling_params)
@@ -102,8 +103,12 @@ class LLM:
         return self._run(checked, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "Stream":
-        """The answer as it is made: iterate with `for` or `async for`. Leaving the loop ends the request."""
-        return self._stream(self._check(prompt, sampling_params or self.get_default_sampling_params()))
+        """The answer as it is made: iterate with `for` or `async for`. Leaving the loop ends the
+        request.
+        """
+        return self._stream(
+            self._check(prompt, sampling_params or self.get_default_sampling_params())
+        )
 
     def stream_chat(
         self,
@@ -128,8 +133,15 @@ class LLM:
         return self._engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What applies when no params are given: vLLM's defaults under the model's generation_config.json."""
+        """What applies when no params are given: vLLM's defaults under the model's
+        generation_config.json.
+        """
         return SamplingParams(**self._engine.default_sampling)
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """What the model's generation_config.json says, in SamplingParams' names."""
+        return dict(self._engine.default_sampling)
 
     @property
     def max_model_len(self) -> int:
@@ -158,7 +170,8 @@ class LLM:
             return [params] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(
-                f"there are {len(prompts)} prompts and {len(params)} sampling_params; give one for all or one "
+                f"there are {len(prompts)} prompts and {len(params)} sampling_params; give one for "
+                "all or one "
                 "for each",
                 field="sampling_params",
             )
@@ -176,9 +189,7 @@ class LLM:
             prompt, params, self.get_tokenizer(), add_special_tokens=add_special_tokens
         )
         resolved = check_token_request(checked.prompt_token_ids, checked.params, self._limits)
-        return TextRequest(
-            checked.prompt, checked.prompt_token_ids, resolved, checked.bad_word_ids
-        )
+        return TextRequest(checked.prompt, checked.prompt_token_ids, resolved, checked.bad_word_ids)
 
     def _submissions(self, request: TextRequest) -> tuple[int, list[Submission]]:
         with self._lock:
@@ -246,7 +257,9 @@ class LLM:
 
 
 class Stream:
-    """Deltas of one request, for `for` and for `async for`. Closing it, or dropping it, ends the request."""
+    """Deltas of one request, for `for` and for `async for`. Closing it, or dropping it, ends the
+    request.
+    """
 
     def __init__(
         self,
@@ -334,13 +347,15 @@ class _Collector:
         return all(answer.finished() for answer in self.answers)
 
     def add(self, output: StepOutput, choice: int) -> tuple[bool, bool]:
-        """Take one output. Returns whether the answer is complete, and whether the core must be told so."""
+        """Take one output. Returns whether the answer is complete, and whether the core must be
+        told so.
+        """
         answer, assembler = self.answers[choice], self._assemblers[choice]
-        params = self.request.params
         self.num_cached = output.num_cached or self.num_cached
         if output.finish_reason is FinishReason.ERROR:
             raise EngineError(
-                f"request {self.number} failed: {output.stop_reason}; its {len(answer.token_ids)} tokens so far are "
+                f"request {self.number} failed: {output.stop_reason}; its {len(answer.token_ids)} "
+                "tokens so far are "
                 "lost. Send it again"
             )
         if output.prompt_logprobs is not None and self.prompt_logprobs is None:
@@ -365,10 +380,12 @@ class _Collector:
         if output.finish_reason is not None:
             if not output.token_ids:
                 answer.text += assembler.flush().text
-            answer.finish_reason, answer.stop_reason = output.finish_reason.value, output.stop_reason
+            answer.finish_reason, answer.stop_reason = (
+                output.finish_reason.value,
+                output.stop_reason,
+            )
             if output.finish_reason is FinishReason.ABORT:
                 raise EngineStopped("the engine was closed while the request was under way")
-        del params
         return is_last, False
 
     def mark(self, choice: int) -> _Mark:

@@ -1,7 +1,7 @@
 """The thread that drives an EngineCore for callers in the same process.
 
-Callers submit and abort from any thread; each StepOutput goes to the sink its request came with, on this thread.
-Idle, it sleeps.
+Callers submit and abort from any thread; each StepOutput goes to the sink its request came with, on
+this thread. Idle, it sleeps.
 """
 
 import logging
@@ -53,7 +53,9 @@ class EngineLoop:
 
     def _require_open(self) -> None:
         if self._failure is not None:
-            raise EngineStopped(f"the engine has failed ({self._failure}); make a new one") from self._failure
+            raise EngineStopped(
+                f"the engine has failed ({self._failure}); make a new one"
+            ) from self._failure
         if self._is_closing:
             raise EngineStopped("the engine was closed; make a new one")
 

@@ -1,7 +1,8 @@
-"""The memory plan: what the engine will hold, printed before it is allocated, and how many KV pages fit.
+"""The memory plan: what the engine will hold, printed before it is allocated, and how many KV pages
+fit.
 
-The page count is a shape of every program, so it must not move with the weather: it is rounded down to a coarse
-step and remembered beside the compile cache.
+The page count is a shape of every program, so it must not move with the weather: it is rounded down
+to a coarse step and remembered beside the compile cache.
 """
 
 import json
@@ -76,10 +77,16 @@ class MemoryPlan:
             ("rows", self.rows, ""),
             ("workspace", self.workspace, ""),
             ("programs", self.executables, ""),
-            ("KV cache", self.kv, f"{self.num_pages:,} pages of {page_size} tokens: {tokens:,} tokens"),
+            (
+                "KV cache",
+                self.kv,
+                f"{self.num_pages:,} pages of {page_size} tokens: {tokens:,} tokens",
+            ),
             ("spare", self.limit - self.used, f"of {format_bytes(self.limit)}"),
         ]
-        return [f"{name:<10} {format_bytes(size):>10}  {note}".rstrip() for name, size, note in table]
+        return [
+            f"{name:<10} {format_bytes(size):>10}  {note}".rstrip() for name, size, note in table
+        ]
 
 
 def format_bytes(size: int) -> str:
@@ -90,7 +97,9 @@ def format_bytes(size: int) -> str:
 
 
 def round_pages(count: int) -> int:
-    """Down to a multiple of 2^floor(log2 count) / 32: at most 3 % lost, and most changes change nothing."""
+    """Down to a multiple of 2^floor(log2 count) / 32: at most 3 % lost, and most changes change
+    nothing.
+    """
     if count < 1:
         return 0
     step = max(1, (1 << (count.bit_length() - 1)) // 32)
@@ -99,7 +108,9 @@ def round_pages(count: int) -> int:
 
 @dataclass(frozen=True)
 class KVRequest:
-    """What the page count follows from. pages_per_sequence: one request of max_model_len, all groups."""
+    """What the page count follows from. pages_per_sequence: one request of max_model_len, all
+    groups.
+    """
 
     budget_bytes: int
     page_bytes: int
@@ -132,7 +143,8 @@ def require_room(num_pages: int, needed: int, max_model_len: int, longest: int) 
     if num_pages - 1 >= needed:
         return
     raise MemoryPlanError(
-        f"one sequence of max_model_len = {max_model_len} tokens needs {needed} KV pages and {max(num_pages - 1, 0)} "
+        f"one sequence of max_model_len = {max_model_len} tokens needs {needed} KV pages and "
+        f"{max(num_pages - 1, 0)} "
         f"fit; set max_model_len to at most {longest}, or raise kv_cache_memory_bytes"
     )
 
@@ -178,5 +190,6 @@ def check_total(plan: MemoryPlan) -> None:
         way_out = "use a smaller model or a machine with more memory"
     raise MemoryPlanError(
         f"the plan needs {format_bytes(plan.used)} ({format_bytes(plan.weights)} of weights, "
-        f"{format_bytes(plan.kv)} of KV cache) and {format_bytes(plan.limit)} may be used; {way_out}"
+        f"{format_bytes(plan.kv)} of KV cache) and {format_bytes(plan.limit)} may be used; "
+        f"{way_out}"
     )

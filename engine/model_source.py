@@ -28,8 +28,8 @@ def find_model(
 ) -> ModelSource:
     """The folder of a model; from a hub it is downloaded first. None is the embedded model.
 
-    An existing folder, or anything that starts with '.', '/' or '~', is a path; org/name[@revision] is a hub id.
-    Raises ModelError.
+    An existing folder, or anything that starts with '.', '/' or '~', is a path; org/name[@revision]
+    is a hub id. Raises ModelError.
     """
     if name is None:
         return ModelSource("quire-demo", DEMO_FOLDER)
@@ -42,12 +42,14 @@ def find_model(
     hub_id, _, at = name.partition("@")
     if not _HUB_ID.fullmatch(hub_id):
         raise ModelError(
-            f"{name!r} is neither a folder nor a hub id; give a path (./{name} if it is a folder here) or "
+            f"{name!r} is neither a folder nor a hub id; give a path (./{name} if it is a folder "
+            "here) or "
             "org/name[@revision]"
         )
     if at and revision and at != revision:
         raise ModelError(
-            f"the model {name!r} names revision {at!r} and the option revision is {revision!r}; give one"
+            f"the model {name!r} names revision {at!r} and the option revision is {revision!r}; "
+            "give one"
         )
     return _from_hub(hub_id, at or revision, download_dir)
 
@@ -67,11 +69,14 @@ def _from_hub(hub_id: str, revision: str | None, download_dir: str | None) -> Mo
             f"the hub has no model {hub_id!r}, or it is private; check the name, or set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelError(f"the model {hub_id!r} has no revision {revision!r}; check its page") from error
+        raise ModelError(
+            f"the model {hub_id!r} has no revision {revision!r}; check its page"
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         reason = "HF_HUB_OFFLINE is set" if _is_offline() else "the hub cannot be reached"
         raise ModelError(
-            f"{where} is not in the local cache and {reason}; on a machine with access run: {command}"
+            f"{where} is not in the local cache and {reason}; on a machine with access run: "
+            f"{command}"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise ModelError(f"{where} could not be downloaded: {error}; try: {command}") from error

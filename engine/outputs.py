@@ -17,8 +17,9 @@ LogprobsAtPosition = dict[int, Logprob]
 
 @dataclass
 class CompletionOutput:
-    """One answer. index: which of the n choices; stop_reason: the stop string or stop token id that matched, None
-    for the end-of-sequence token."""
+    """One answer. index: which of the n choices; stop_reason: the stop string or stop token id that
+    matched, None for the end-of-sequence token.
+    """
 
     index: int
     text: str = ""
@@ -34,8 +35,9 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """One prompt and its answers. prompt_logprobs: None at the first position; num_cached_tokens: prompt tokens
-    served by the prefix cache."""
+    """One prompt and its answers. prompt_logprobs: None at the first position; num_cached_tokens:
+    prompt tokens served by the prefix cache.
+    """
 
     request_id: str
     prompt: str | None

@@ -35,12 +35,12 @@ def row_needs(request: Request, bad_words: tuple[tuple[int, ...], ...], vocab: i
         logprobs=p.logprobs is not None,
         step_mask=step_mask,
         tables=has_bits or penalties,
-        is_plain_greedy=p.temperature == 0 and not (masks or penalties or p.logprobs is not None),
+        is_plain_greedy=p.temperature == 0 and not (masks or penalties),
     )
 
 
 def pack_row(request: Request, length: int, vocab: int) -> np.ndarray:
-    """i32[NUM_COLUMNS] of a request that was just given its slot; length: tokens whose KV it has."""
+    """i32[NUM_COLUMNS] of a request that was just given its slot; length: its computed tokens."""
     p = request.params
     packed = np.zeros(rows.NUM_COLUMNS, np.int32)
     seed = request.seed & 0xFFFFFFFFFFFFFFFF
@@ -51,7 +51,8 @@ def pack_row(request: Request, length: int, vocab: int) -> np.ndarray:
         request.choice, top_k, p.min_tokens,
     )  # fmt: skip
     real = (
-        p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty
+        p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty,
+        p.repetition_penalty
     )  # fmt: skip
     packed[: len(whole)] = np.array(whole, np.uint64).astype(np.uint32).view(np.int32)
     packed[len(whole) : len(whole) + len(real)] = np.array(real, np.float32).view(np.int32)
@@ -90,7 +91,7 @@ def pack_tables(
 def ban_completions(
     mask: np.ndarray, known: list[int], bad_words: tuple[tuple[int, ...], ...]
 ) -> None:
-    """Clear in mask u32[words] every token that would complete a bad word after the known tokens."""
+    """Clear in mask u32[words] each token that completes a bad word after the known tokens."""
     for word in bad_words:
         before = len(word) - 1
         if before and known[-before:] == list(word[:-1]):

@@ -1,7 +1,7 @@
 """The device side of a step: weights, KV pages and row state, and the compiled programs over them.
 
-The runner owns every device array. Its arrays are donated to the programs and replaced by what they return, so
-nothing outside may hold one.
+The runner owns every device array. Its arrays are donated to the programs and replaced by what they
+return, so nothing outside may hold one.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..layers import rows
 from ..layers.batch import NUM_FLAGS, StepLayout
 from ..layers.kv_pages import abstract_pages
+from ..layers.mesh import MODEL, partition
 from ..layers.param import map_params
 from ..layers.programs import SCORE_ROWS, Hidden, Programs, Variant
 from ..layers.quantization.plain import Plain
-from ..layers.mesh import MODEL, partition
 from ..layers.sampling import Sampled, TokenLogprobs
 from .buckets import Buckets
 from .compiler import CompileReport, ProgramSpec, compile_all
@@ -43,7 +43,6 @@ class Runner:
         *,
         num_pages: int,
         num_logprobs: int,
-        wants_scores: bool = True,
     ) -> None:
         self.programs = programs
         self.buckets = buckets
@@ -51,7 +50,6 @@ class Runner:
         self._mesh = mesh
         self._format = weight_format
         self.num_logprobs = num_logprobs
-        self._wants_scores = wants_scores
         self._vocab = programs.model.vocab_size
         self._weights: Any = None
         self._executables: dict[str, Any] = {}
@@ -59,6 +57,7 @@ class Runner:
         self._kv: Any = None
         self._rows: Any = None
         self._lengths: Any = None
+        self._open_masks: dict[int, Any] = {}  # by rows: masks that allow everything
 
     # What exists
 
@@ -72,10 +71,10 @@ class Runner:
             ProgramSpec(_sample_name(rows, variant), partial(self._lower_sample, rows, variant))
             for rows, variant in self.buckets.sample_programs()
         ]
-        if self._wants_scores:
-            specs += [
-                ProgramSpec(f"score[{t}]", partial(self._lower_score, t)) for t in self.buckets.tokens
-            ]
+        specs += [
+            ProgramSpec(f"score[{n},{k}]", partial(self._lower_score, n, k))
+            for n, k in self.buckets.score_programs()
+        ]
         specs += [
             ProgramSpec("update_rows", partial(self._lower_update, ROWS_PER_UPDATE, False)),
             ProgramSpec("update_row_tables", partial(self._lower_update, 1, True)),
@@ -109,10 +108,12 @@ class Runner:
         self._weights = weights
 
     def allocate(self) -> None:
-        """Zeroed KV pages and rows, replacing what was there. Called at start and after a failed step."""
+        """Zeroed KV pages and rows, replacing what was there. Called at start and after a failed
+        step.
+        """
         self._kv = self._rows = self._lengths = None  # free the old before making the new
         made = self._program("allocate", self._lower_allocate)()
-        self._kv, self._rows, self._lengths = made
+        self._kv, self._rows, self._lengths, self._open_masks = made
 
     def warm_up(self) -> None:
         """Run every program twice on padding: first runs capture graphs and touch memory."""
@@ -120,9 +121,9 @@ class Runner:
             for tokens in self.buckets.tokens:
                 hidden = self.forward(_padding(self.buckets.layout(tokens)), tokens)
                 for variant in Variant:
-                    self.sample(hidden, variant, self._no_mask(hidden.slots.shape[0]))
-                if self._wants_scores:
-                    self.score(hidden, 0, np.zeros(SCORE_ROWS, np.int32))
+                    sampled = self.sample(hidden, variant)
+                self.score(hidden.rows, 0, sampled.token)
+                self.score(hidden.tokens, 0, np.zeros(SCORE_ROWS, np.int32))
             self.update_rows(_padding_rows(ROWS_PER_UPDATE, self.buckets.slots))
             tables = _default_tables(self._vocab)
             self.update_rows(_padding_rows(1, self.buckets.slots), tables)
@@ -131,7 +132,7 @@ class Runner:
     # One step
 
     def update_rows(self, packed: np.ndarray, tables: rows.RowTables | None = None) -> None:
-        """Write whole rows: packed i32[ROWS_PER_UPDATE, NUM_COLUMNS], or one row with its tables."""
+        """Write whole rows: packed i32[ROWS_PER_UPDATE, NUM_COLUMNS], or one and its tables."""
         if tables is None:
             run = self._program("update_rows")
             self._rows, self._lengths = run(self._rows, self._lengths, packed)
@@ -140,28 +141,37 @@ class Runner:
             self._rows, self._lengths = run(self._rows, self._lengths, packed, tables)
 
     def forward(self, packed: np.ndarray, tokens: int) -> Hidden:
-        """Run one packed step. The array must never be written again: on CPU the step reads it in place."""
+        """Run one packed step. The array must never be written again: on CPU the step reads it in
+        place.
+        """
         run = self._program(f"forward[{tokens}]")
         hidden, self._kv, self._lengths = run(
             self._weights, self._kv, self._lengths, self._rows.last_token, packed
         )
         return hidden
 
-    def sample(self, hidden: Hidden, variant: Variant, step_mask: np.ndarray | None) -> Sampled:
-        """One token for each row that samples; step_mask u32[rows, words] is read by FULL only."""
-        run = self._program(_sample_name(hidden.slots.shape[0], variant))
-        arguments = (self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags)
-        if variant is Variant.FULL:
-            if step_mask is None:
-                step_mask = self._no_mask(hidden.slots.shape[0])
-            arguments += (step_mask,)
-        sampled, self._rows = run(*arguments)
+    def sample(
+        self, hidden: Hidden, variant: Variant, step_mask: np.ndarray | None = None
+    ) -> Sampled:
+        """One token for each row that samples; step_mask: u32[rows, words], tokens allowed in this
+        step.
+        """
+        num_rows = hidden.slots.shape[0]
+        run = self._program(_sample_name(num_rows, variant))
+        mask = self._open_masks[num_rows] if step_mask is None else step_mask
+        sampled, self._rows = run(
+            self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags, mask
+        )
         return sampled
 
-    def score(self, hidden: Hidden, first: int, targets: np.ndarray) -> TokenLogprobs:
-        """Logprobs of targets i32[SCORE_ROWS] after tokens first, first + 1, … of the step."""
-        run = self._program(f"score[{hidden.tokens.shape[0]}]")
-        return run(self._weights, hidden.tokens, np.int32(first), targets)
+    def score(
+        self, hidden: jax.Array, first: int, targets: np.ndarray | jax.Array
+    ) -> TokenLogprobs:
+        """Logprobs of targets i32[n] after hidden states first, first + 1, …: n is the number of
+        rows for Hidden.rows, SCORE_ROWS for Hidden.tokens.
+        """
+        run = self._program(f"score[{hidden.shape[0]},{targets.shape[0]}]")
+        return run(self._weights, hidden, np.int32(first), targets)
 
     # Lowering
 
@@ -172,10 +182,9 @@ class Runner:
             self._executables[name] = lower().compile()
         return self._executables[name]
 
-    def _no_mask(self, num_rows: int) -> np.ndarray:
-        return np.full((num_rows, rows.num_words(self._vocab)), 0xFFFFFFFF, np.uint32)
-
-    def _abstract(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = _REPLICATED) -> Any:
+    def _abstract(
+        self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = _REPLICATED
+    ) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
 
     def _placed(self, tree: Any, spec: PartitionSpec = _REPLICATED) -> Any:
@@ -228,28 +237,25 @@ class Runner:
 
     def _lower_sample(self, num_rows: int, variant: Variant) -> Any:
         weights, specs = self._weight_arguments()
-        hidden = self._hidden(num_rows)
-        slots = self._abstract((num_rows,), jnp.int32)
-        flags = self._abstract((NUM_FLAGS,), jnp.int32)
-        arguments = (weights, self._abstract_rows(), hidden, slots, flags)
-        function = partial(
-            self.programs.sample, variant=variant, num_logprobs=self.num_logprobs
+        arguments = (
+            weights,
+            self._abstract_rows(),
+            self._hidden(num_rows),
+            self._abstract((num_rows,), jnp.int32),
+            self._abstract((NUM_FLAGS,), jnp.int32),
+            self._abstract_mask(num_rows),
         )
-        if variant is Variant.FULL:
-            words = rows.num_words(self._vocab)
-            arguments += (self._abstract((num_rows, words), jnp.uint32),)
-        else:
-            function = partial(function, step_mask=None)
         in_specs = (specs, *(_REPLICATED,) * (len(arguments) - 1))
+        function = partial(self.programs.sample, variant=variant)
         return self._lower(function, arguments, in_specs, _REPLICATED, donate=(1,))
 
-    def _lower_score(self, tokens: int) -> Any:
+    def _lower_score(self, positions: int, num_targets: int) -> Any:
         weights, specs = self._weight_arguments()
         first = self._abstract((), jnp.int32)
-        targets = self._abstract((SCORE_ROWS,), jnp.int32)
+        targets = self._abstract((num_targets,), jnp.int32)
         return self._lower(
             partial(self.programs.score, num_logprobs=self.num_logprobs),
-            (weights, self._hidden(tokens), first, targets),
+            (weights, self._hidden(positions), first, targets),
             (specs, _REPLICATED, _REPLICATED, _REPLICATED),
             _REPLICATED,
             donate=(),
@@ -268,14 +274,19 @@ class Runner:
         return self._lower(function, arguments, _REPLICATED, _REPLICATED, donate=(0, 1))
 
     def _lower_allocate(self) -> Any:
-        kv, state = self._abstract_kv(), self._abstract_rows()
+        kv, state, lengths = self._abstract_kv(), self._abstract_rows(), self._lengths_array()
+        masks = {n: self._abstract_mask(n) for n in self.buckets.rows}
 
         def make() -> Any:
             zeros = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
-            return zeros(kv), zeros(state), jnp.zeros(self.buckets.slots, jnp.int32)
+            open_masks = jax.tree.map(lambda a: jnp.full(a.shape, 0xFFFFFFFF, a.dtype), masks)
+            return zeros(kv), zeros(state), zeros(lengths), open_masks
 
-        shardings = jax.tree.map(lambda a: a.sharding, (kv, state, self._lengths_array()))
+        shardings = jax.tree.map(lambda a: a.sharding, (kv, state, lengths, masks))
         return jax.jit(make, out_shardings=shardings).lower()
+
+    def _abstract_mask(self, num_rows: int) -> Any:
+        return self._abstract((num_rows, rows.num_words(self._vocab)), jnp.uint32)
 
     def _hidden(self, count: int) -> Any:
         return self._abstract((count, self.programs.model.hidden_size), jnp.float32)

@@ -130,8 +130,7 @@ class SamplingParams:
         if self.is_greedy and self.n > 1:
             raise RequestError(
                 f"n is {self.n}, but temperature 0 is greedy and would give {self.n} equal "
-                "answers; "
-                "set n=1 or raise temperature",
+                "answers; set n=1 or raise temperature",
                 field="n",
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

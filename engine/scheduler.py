@@ -383,7 +383,6 @@ class Scheduler:
             self.pool.free(page for page in column if page)
         request.pages = []
         request.num_computed = 0
-        request.num_registered = 0
         if request.slot is not None:
             self._free_slots.append(request.slot)
             request.slot = None

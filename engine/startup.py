@@ -76,17 +76,18 @@ class _Sizes:
 
 
 def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
-    """A warm engine. `say` is called with one line per phase. Raises UsageError with the way out."""
+    """A warm engine. `say` is called with one line per phase. Raises UsageError."""
     started = time.perf_counter()
     if config.tensor_parallel_size != 1:
         raise ConfigError(
-            f"tensor_parallel_size = {config.tensor_parallel_size} is not available: tensor parallelism is not "
+            f"tensor_parallel_size = {config.tensor_parallel_size} is not available: tensor "
+            "parallelism is not "
             "implemented yet; use 1"
         )
-    cache = open_cache(Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir())
-    source = find_model(
-        config.model, revision=config.revision, download_dir=config.download_dir
+    cache = open_cache(
+        Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     )
+    source = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
     info = _read_model(source.folder, config)
     tokenizer = _load_tokenizer(source, config)
     defaults, eos_ids = _generation_defaults(source.folder, config, tokenizer, info)
@@ -188,7 +189,8 @@ def _load_tokenizer(source: ModelSource, config: EngineConfig) -> Tokenizer:
         path = Path(template).expanduser()
         if not path.is_file():
             raise ConfigError(
-                f"chat_template {template!r} is neither a file nor a Jinja template; give one of them"
+                f"chat_template {template!r} is neither a file nor a Jinja template; give one of "
+                "them"
             )
         template = path.read_text(encoding="utf-8")
     return Tokenizer.from_folder(folder, chat_template=template)
@@ -200,7 +202,9 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 def _generation_defaults(
     folder: Path, config: EngineConfig, tokenizer: Tokenizer, info: ModelInfo
 ) -> tuple[dict[str, Any], frozenset[int]]:
-    """Sampling defaults in SamplingParams' names, and the end-of-sequence ids of all the model's files."""
+    """Sampling defaults in SamplingParams' names, and the end-of-sequence ids of all the model's
+    files.
+    """
     eos = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     generation: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
@@ -264,11 +268,12 @@ def _plan_kv(
     cache: Path,
     say: Say,
 ) -> tuple[int, int]:
-    """The page count and the context length, which is lowered to what fits unless it was asked for."""
+    """The page count and the context length, lowered to what fits unless it was asked for."""
     asked = config.max_model_len if isinstance(config.max_model_len, int) else None
     if asked is not None and asked > info.max_position:
         raise ConfigError(
-            f"max_model_len = {asked} is over the model's {info.max_position} ({info.max_position_reason}); "
+            f"max_model_len = {asked} is over the model's {info.max_position} "
+            f"({info.max_position_reason}); "
             f"set it to at most {info.max_position}"
         )
     max_model_len = asked or info.max_position
@@ -290,7 +295,8 @@ def _plan_kv(
                 f"{memory.format_bytes(budget)}; raise kv_cache_memory_bytes"
             )
         say(
-            f"max_model_len lowered from {max_model_len} to {fitting}: that is what the KV cache holds; "
+            f"max_model_len lowered from {max_model_len} to {fitting}: that is what the KV cache "
+            "holds; "
             "kv_cache_memory_bytes changes it"
         )
         max_model_len = fitting
@@ -335,5 +341,8 @@ def _warn_of_useless_cache(cache: Path, loaded: int, compiled: int, say: Say) ->
     """A cache that was filled by an equal start and gave nothing is worth a line."""
     marker = cache / "last_start"
     if compiled and not loaded and marker.is_file() and os.access(marker, os.R_OK):
-        say(f"no program came from the compile cache {cache}: another configuration, version or processor")
+        say(
+            f"no program came from the compile cache {cache}: another configuration, version or "
+            "processor"
+        )
     marker.touch()

@@ -43,10 +43,8 @@ def check_token_request(
     if params.min_tokens > room:
         raise RequestError(
             f"min_tokens is {params.min_tokens}, but a prompt of {len(prompt_token_ids)} tokens "
-            "leaves "
-            f"room for {room} in the context of {limits.max_model_len}; shorten the prompt or "
-            "lower "
-            "min_tokens",
+            f"leaves room for {room} in the context of {limits.max_model_len}; shorten the prompt "
+            "or lower min_tokens",
             field="min_tokens",
         )
     if params.max_tokens is not None and params.max_tokens <= room:
@@ -69,18 +67,16 @@ def _check_prompt(prompt_token_ids: Sequence[int], limits: TokenLimits) -> None:
     if len(prompt_token_ids) >= limits.max_model_len:
         raise RequestError(
             f"the prompt has {len(prompt_token_ids)} tokens, but the context is "
-            f"{limits.max_model_len} "
-            f"and needs room for an answer; shorten the prompt to {limits.max_model_len - 1} "
-            "tokens or "
-            "fewer, or start the engine with a larger max_model_len",
+            f"{limits.max_model_len} and needs room for an answer; shorten the prompt to "
+            f"{limits.max_model_len - 1} tokens or fewer, or start the engine with a larger "
+            "max_model_len",
             field="prompt_token_ids",
         )
     if set(map(type, prompt_token_ids)) != {int}:
         position = next(i for i, x in enumerate(prompt_token_ids) if type(x) is not int)
         raise RequestError(
             f"prompt_token_ids[{position}] must be an int, got {prompt_token_ids[position]!r} of "
-            "type "
-            f"{type(prompt_token_ids[position]).__name__}; convert it with int()",
+            f"type {type(prompt_token_ids[position]).__name__}; convert it with int()",
             field="prompt_token_ids",
         )
     if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= limits.logits_width:
@@ -88,9 +84,9 @@ def _check_prompt(prompt_token_ids: Sequence[int], limits: TokenLimits) -> None:
             i for i, x in enumerate(prompt_token_ids) if not 0 <= x < limits.logits_width
         )
         raise RequestError(
-            f"prompt_token_ids[{position}] is {prompt_token_ids[position]}, but this model's token "
-            "ids "
-            f"are 0 to {limits.logits_width - 1}; was the prompt made with another tokenizer?",
+            f"prompt_token_ids[{position}] is {prompt_token_ids[position]}, but this model's "
+            f"token ids are 0 to {limits.logits_width - 1}; was the prompt made with another "
+            "tokenizer?",
             field="prompt_token_ids",
         )
 
@@ -111,14 +107,12 @@ def _check_logprobs(field: str, wanted: int | None, max_logprobs: int | None) ->
     if wanted == -1:
         raise RequestError(
             f"{field}=-1 asks for all tokens, but this engine gives at most {max_logprobs}; ask "
-            "for "
-            f"{max_logprobs} or fewer, or start the engine with max_logprobs=-1",
+            f"for {max_logprobs} or fewer, or start the engine with max_logprobs=-1",
             field=field,
         )
     if wanted > max_logprobs:
         raise RequestError(
-            f"{field} is {wanted}, but this engine gives at most {max_logprobs}; ask for fewer, or "
-            "start "
-            "the engine with a larger max_logprobs",
+            f"{field} is {wanted}, but this engine gives at most {max_logprobs}; ask for fewer, "
+            "or start the engine with a larger max_logprobs",
             field=field,
         )

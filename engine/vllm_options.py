@@ -1,7 +1,7 @@
 """What happens with vLLM's keyword arguments and flags that are not options of ours.
 
-Renamed ones are mapped, ones that cannot change an answer are accepted with one warning, and ones that could are
-refused with the way out. The table is the whole rule.
+Renamed ones are mapped, ones that cannot change an answer are accepted with one warning, and ones
+that could are refused with the way out. The table is the whole rule.
 """
 
 import warnings
@@ -38,22 +38,24 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_lora": ((False, None), "LoRA adapters are not implemented yet"),
     "guided_decoding_backend": ((None,), "structured output is not implemented yet"),
     "hf_overrides": ((None, {}), "edit config.json"),
-    "kv_cache_dtype": (("auto", None), "the KV cache has the weights' dtype; quantized caches are not implemented"),
+    "kv_cache_dtype": (("auto", None), "quantized KV caches are not implemented yet"),
     "limit_mm_per_prompt": ((None, {}), "image and audio input is not implemented"),
     "override_generation_config": ((None, {}), "pass SamplingParams"),
     "pipeline_parallel_size": ((1, None), "pipeline parallelism is not implemented yet"),
-    "quantization": ((None,), "quantized weights are not implemented yet; use an unquantized checkpoint"),
+    "quantization": ((None,), "use an unquantized checkpoint; others are not implemented yet"),
     "rope_scaling": ((None, {}), "edit rope_scaling in config.json"),
     "rope_theta": ((None,), "edit rope_theta in config.json"),
     "runner": ((None, "auto", "generate"), "pooling models are not implemented yet"),
     "skip_tokenizer_init": ((False, None), "a tokenizer is needed"),
     "speculative_config": ((None,), "speculative decoding is not implemented yet"),
     "task": ((None, "auto", "generate"), "pooling models are not implemented yet"),
-}  # fmt: skip
+}
 
 
 def translate(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of EngineConfig from what the caller wrote. Warns once for all that are without effect."""
+    """Keywords of EngineConfig from what the caller wrote. Warns once for all that are without
+    effect.
+    """
     known = set(option_names())
     kept: dict[str, Any] = {}
     idle = []

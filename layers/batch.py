@@ -1,7 +1,8 @@
 """One step's batch as one i32 array: its layout, and its unpacking inside the program.
 
-The host writes a fresh array per step (engine/batch_builder.py), so a step costs one copy to the device. Positions
-are not in it: they are device state (one length per row), which the program advances by the counts sent here.
+The host writes a fresh array per step (engine/batch_builder.py), so a step costs one copy to the
+device. Positions are not in it: they are device state (one length per row), which the program
+advances by the counts sent here.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ TOKEN_ON_DEVICE = 2**31 - 1
 class StepLayout:
     """The static sizes of one forward program and where each part of its packed input lies.
 
-    tokens and rows are padded counts; width is the page-table width; slots the number of device rows.
+    tokens and rows are padded counts; width is the page-table width; slots the number of device
+    rows.
     """
 
     tokens: int

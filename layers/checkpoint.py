@@ -1,8 +1,8 @@
 """Safetensors -> the arrays of a Param tree, pulled by the leaves.
 
-Files are memory-mapped; each Param copies its slices once, already joined and in its dtype, so the peak above the
-weights is a few tensors. Ends with two exact lists, missing and unexpected tensors, and refuses if either has any.
-Never reads pickle.
+Files are memory-mapped; each Param copies its slices once, already joined and in its dtype, so the
+peak above the weights is a few tensors. Ends with two exact lists, missing and unexpected tensors,
+and refuses if either has any. Never reads pickle.
 """
 
 import json
@@ -79,7 +79,8 @@ class Checkpoint:
         stored = self._tensors[name]
         if stored.dtype not in _DTYPE_BY_NAME:
             raise CheckpointError(
-                f"{stored.path}: tensor {name!r} has dtype {stored.dtype}, and unquantized weights are "
+                f"{stored.path}: tensor {name!r} has dtype {stored.dtype}, and unquantized weights "
+                "are "
                 f"{', '.join(_DTYPE_BY_NAME)}; use an unquantized checkpoint"
             )
         data = memoryview(self._maps[stored.path])[stored.start : stored.end]
@@ -89,7 +90,9 @@ class Checkpoint:
         total = path.stat().st_size
         again = "the file is truncated or damaged; download it again"
         if total < 8:
-            raise CheckpointError(f"{path} has {total} bytes, too few for a safetensors header; {again}")
+            raise CheckpointError(
+                f"{path} has {total} bytes, too few for a safetensors header; {again}"
+            )
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._maps[path] = mapped
@@ -118,7 +121,8 @@ class Checkpoint:
                 )
             if size is not None and end - start != int(np.prod(shape, dtype=np.int64)) * size:
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} of shape {list(shape)} does not fill its {end - start} "
+                    f"{path}: tensor {name!r} of shape {list(shape)} does not fill its "
+                    f"{end - start} "
                     f"bytes; {again}"
                 )
             yield name, StoredTensor(path, dtype, shape, start, end)
@@ -129,9 +133,13 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a readable index ({error}); download it again") from error
+            raise CheckpointError(
+                f"{index} is not a readable index ({error}); download it again"
+            ) from error
         paths = [folder / name for name in names]
         lost = [p.name for p in paths if not p.is_file() or p.parent.resolve() != folder.resolve()]
         if lost:
@@ -148,7 +156,8 @@ def _weight_files(folder: Path) -> list[Path]:
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickled:
         raise CheckpointError(
-            f"{folder} has only pickle weights ({', '.join(pickled[:3])}), which can run code when read and "
+            f"{folder} has only pickle weights ({', '.join(pickled[:3])}), which can run code when "
+            "read and "
             "are never opened; convert them with transformers: "
             "model.save_pretrained(folder, safe_serialization=True)"
         )
@@ -165,8 +174,9 @@ def load_weights(
 ) -> Any:
     """The tree with each Param replaced by its device arrays, in parallel.
 
-    `is_unused` names tensors that published files carry and the model does not read; `progress` is called with the
-    bytes of each finished Param. Raises CheckpointError listing missing, unexpected and misshapen tensors.
+    `is_unused` names tensors that published files carry and the model does not read; `progress` is
+    called with the bytes of each finished Param. Raises CheckpointError listing missing, unexpected
+    and misshapen tensors.
     """
     check_names(checkpoint, params, is_unused)
 
@@ -186,10 +196,10 @@ def load_weights(
         return jax.tree.map(lambda future: future.result(), futures)
 
 
-def check_names(
-    checkpoint: Checkpoint, params: Any, is_unused: Callable[[str], bool]
-) -> None:
-    """Raise CheckpointError unless the checkpoint has exactly the tensors of the tree, in their shapes."""
+def check_names(checkpoint: Checkpoint, params: Any, is_unused: Callable[[str], bool]) -> None:
+    """Raise CheckpointError unless the checkpoint has exactly the tensors of the tree, in their
+    shapes.
+    """
     wanted = {
         s.tensor: (s.rows, *param.shape[1:]) for param in param_leaves(params) for s in param.slices
     }
@@ -197,7 +207,8 @@ def check_names(
     missing = sorted(wanted.keys() - there)
     unexpected = sorted(n for n in there - wanted.keys() if not is_unused(n))
     misshapen = [
-        f"{name}: the config says {list(wanted[name])}, the file has {list(checkpoint.tensor(name).shape)}"
+        f"{name}: the config says {list(wanted[name])}, the file has "
+        f"{list(checkpoint.tensor(name).shape)}"
         for name in sorted(wanted.keys() & there)
         if checkpoint.tensor(name).shape != wanted[name]
     ]
@@ -212,20 +223,24 @@ def check_names(
     ]
     if problems:
         raise CheckpointError(
-            f"the weights in {checkpoint.folder} are not those its config.json describes; {'; '.join(problems)}. "
+            f"the weights in {checkpoint.folder} are not those its config.json describes; "
+            f"{'; '.join(problems)}. "
             "Take config and weights from the same revision"
         )
 
 
 def dummy_weights(params: Any, weight_format: Plain, mesh: Mesh, seed: int) -> Any:
-    """Random weights of the tree's shapes, made on the device: norms and biases at their start value, the rest
-    normal(0, 0.02)."""
+    """Random weights of the tree's shapes, made on the device: norms and biases at their start
+    value, the rest normal(0, 0.02).
+    """
     index = {id(param): i for i, param in enumerate(param_leaves(params))}
 
     def make(param: Param) -> Any:
         sharding = NamedSharding(mesh, partition(param.axes))
         build = _constant if param.fill is not None else _normal
-        array = build(seed, index[id(param)], param.shape, weight_format.dtype, sharding, param.fill)
+        array = build(
+            seed, index[id(param)], param.shape, weight_format.dtype, sharding, param.fill
+        )
         return weight_format.wrap(param, array)
 
     return map_params(make, params)
@@ -242,11 +257,19 @@ def _normal(
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _constant(
-    seed: int, index: int, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, fill: float
+    seed: int,
+    index: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: NamedSharding,
+    fill: float,
 ) -> jax.Array:
     return jax.lax.with_sharding_constraint(jnp.full(shape, fill, dtype), sharding)
 
 
 def weight_bytes(params: Any, weight_format: Plain) -> int:
     """Bytes of all arrays of the tree."""
-    return sum(int(np.prod(p.shape, dtype=np.int64)) for p in param_leaves(params)) * weight_format.dtype.itemsize
+    return (
+        sum(int(np.prod(p.shape, dtype=np.int64)) for p in param_leaves(params))
+        * weight_format.dtype.itemsize
+    )

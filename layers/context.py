@@ -1,4 +1,6 @@
-"""What every layer may read beside its weights and its input: static facts of the run, and the batch."""
+"""What every layer may read beside its weights and its input: static facts of the run, and the
+batch.
+"""
 
 from dataclasses import dataclass
 

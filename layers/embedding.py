@@ -8,7 +8,9 @@ from .context import Context
 
 
 def embed(token_ids: jax.Array, table: jax.Array, ctx: Context) -> jax.Array:
-    """f32[tokens, hidden]: row `token_ids` of table [vocab, hidden]; ids outside the vocabulary give zeros."""
+    """f32[tokens, hidden]: row `token_ids` of table [vocab, hidden]; ids outside the vocabulary
+    give zeros.
+    """
     if ctx.model_axis is None:
         return table.at[token_ids].get(mode="fill", fill_value=0).astype(jnp.float32)
     rows = table.shape[0]

@@ -1,7 +1,8 @@
 """Where the bytes of the KV cache are: which layers share pages, and the arrays.
 
-Layers with the same KVSpec and the same reach form a group with its own page table. All groups draw page ids from
-one pool; layer j of every group uses array j, so a page belongs to one group at a time and no array has holes.
+Layers with the same KVSpec and the same reach form a group with its own page table. All groups draw
+page ids from one pool; layer j of every group uses array j, so a page belongs to one group at a
+time and no array has holes.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """windows: per group; group_by_layer and array_by_layer: per layer; arrays: the shape of each array."""
+    """windows: per group; group_by_layer and array_by_layer: per layer; arrays: the shape of each
+    array.
+    """
 
     windows: tuple[int | None, ...]
     group_by_layer: tuple[int, ...]
@@ -38,7 +41,9 @@ class KVLayout:
 
 
 def plan_layout(specs: list[KVSpec]) -> KVLayout:
-    """Group layers by (spec, reach). Raises ValueError when groups of different shapes would share arrays."""
+    """Group layers by (spec, reach). Raises ValueError when groups of different shapes would share
+    arrays.
+    """
     groups: list[KVSpec] = []
     counts: list[int] = []
     group_by_layer, array_by_layer = [], []

@@ -1,7 +1,7 @@
 """y = x W^T + b, dispatched on the type of the weight.
 
-Weights are [out, in], as checkpoints store them. A quantization format adds a weight type and one line to
-_LINEAR_BY_TYPE.
+Weights are [out, in], as checkpoints store them. A quantization format adds a weight type and one
+line to _LINEAR_BY_TYPE.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,9 @@ def linear(x: jax.Array, weight: Any, bias: jax.Array | None, ctx: Context) -> j
 
 
 def linear_sum(x: jax.Array, weight: Any, bias: jax.Array | None, ctx: Context) -> jax.Array:
-    """Like linear, with `in` split over the model axis: one all-reduce, the bias added once after it."""
+    """Like linear, with `in` split over the model axis: one all-reduce, the bias added once after
+    it.
+    """
     y = _LINEAR_BY_TYPE[type(weight)](x, weight)
     if ctx.model_axis is not None:
         y = lax.psum(y, ctx.model_axis)

@@ -1,7 +1,8 @@
 """A weight as a model declares it: shape, logical axes, where it is in a checkpoint, how it starts.
 
-A model is a tree of Param leaves; sizes, shardings, loading, random initialisation and adapters are maps over that
-tree. Which arrays a Param becomes on the device is a WeightFormat's business (quantization/).
+A model is a tree of Param leaves; sizes, shardings, loading, random initialisation and adapters are
+maps over that tree. Which arrays a Param becomes on the device is a WeightFormat's business
+(quantization/).
 """
 
 from dataclasses import dataclass

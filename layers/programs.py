@@ -1,8 +1,9 @@
 """The programs of a step as pure functions: forward, sample, score, update_rows.
 
-`forward` gives the hidden states to be sampled and `sample` turns them into tokens: two executables, so that what
-depends on the previous token (masks) is an argument of the second only, and its variants multiply the small one.
-They run inside one shard_map over the mesh: shapes are those of one device.
+`forward` gives the hidden states to be sampled and `sample` turns them into tokens: two
+executables, so that what depends on the previous token (masks) is an argument of the second only,
+and its variants multiply the small one. They run inside one shard_map over the mesh: shapes are
+those of one device.
 """
 
 from enum import Enum
@@ -18,15 +19,14 @@ from .context import Context
 from .kv_pages import KVLayout
 from .models.llama import Decoder
 
-SCORE_ROWS = 64  # prompt logprobs go through the head in chunks of this many rows
+SCORE_ROWS = 64  # logprobs go through the head in chunks of at most this many rows
 
 
 class Variant(Enum):
     """The `sample` programs. Each next one does more and costs more."""
 
     GREEDY = "greedy"  # argmax of the raw logits
-    GENERAL = "general"  # all parameters of the rows
-    FULL = "full"  # and a mask for this step, and logprobs
+    GENERAL = "general"  # all parameters of the rows, and a mask for this step
 
 
 class Hidden(NamedTuple):
@@ -35,15 +35,13 @@ class Hidden(NamedTuple):
     rows: jax.Array  # f32[rows, hidden], normed
     slots: jax.Array  # i32[rows], num_slots where nothing is sampled
     flags: jax.Array  # i32[NUM_FLAGS]
-    tokens: jax.Array  # f32[tokens, hidden], normed
+    tokens: jax.Array  # f32[max(tokens, SCORE_ROWS), hidden], normed
 
 
 class Programs:
     """The functions to compile for one model and one cache layout."""
 
-    def __init__(
-        self, model: Decoder, kv_layout: KVLayout, page_size: int, ctx: Context
-    ) -> None:
+    def __init__(self, model: Decoder, kv_layout: KVLayout, page_size: int, ctx: Context) -> None:
         self.model = model
         self.kv_layout = kv_layout
         self.page_size = page_size
@@ -60,7 +58,7 @@ class Programs:
         packed: jax.Array,  # i32[layout.size]
         layout: StepLayout,
     ) -> tuple[Hidden, tuple[KVPages, ...], jax.Array]:
-        """Run the tokens of one step through all layers; kv and lengths are donated and returned."""
+        """Run the tokens of a step through all layers; kv and lengths are donated and returned."""
         num_pages = kv[0].k.shape[0]
         batch = unpack(
             packed, lengths, last_token, layout, self.kv_layout.windows, num_pages, self.page_size
@@ -73,7 +71,10 @@ class Programs:
             group = batch.attention[self.kv_layout.group_by_layer[i]]
             x, cache[j] = self._block(x, block, cache[j], group, tables, self.ctx)
         x = self.model.final_norm(weights, x)
-        hidden = Hidden(x[batch.sample_token], batch.sample_slot, batch.flags, x)
+        rows_x = x[batch.sample_token]
+        # Few distinct sizes, so that score needs few programs.
+        x = jnp.pad(x, ((0, max(0, SCORE_ROWS - layout.tokens)), (0, 0)))
+        hidden = Hidden(rows_x, batch.sample_slot, batch.flags, x)
         return hidden, tuple(cache), batch.lengths
 
     def sample(
@@ -83,29 +84,27 @@ class Programs:
         hidden_rows: jax.Array,  # f32[rows, hidden]
         slots: jax.Array,  # i32[rows]
         flags: jax.Array,  # i32[NUM_FLAGS]
-        step_mask: jax.Array | None,  # u32[rows, words]; FULL only
+        step_mask: jax.Array,  # u32[rows, words]
         variant: Variant,
-        num_logprobs: int,
     ) -> tuple[sampling.Sampled, rows.RowState]:
         """One token per row; state is donated and returned."""
         logits = self.model.head(weights, hidden_rows, self.ctx)
         if variant is Variant.GREEDY:
             return sampling.sample_greedy(logits, state, slots)
-        wanted = num_logprobs if variant is Variant.FULL else None
-        return sampling.sample(logits, state, slots, flags, step_mask, wanted)
+        return sampling.sample(logits, state, slots, flags, step_mask)
 
     def score(
         self,
         weights: Any,
-        hidden_tokens: jax.Array,  # f32[tokens, hidden]
+        hidden: jax.Array,  # f32[positions, hidden], normed
         first: jax.Array,  # i32[]
-        targets: jax.Array,  # i32[SCORE_ROWS]
+        targets: jax.Array,  # i32[targets]
         num_logprobs: int,
     ) -> sampling.TokenLogprobs:
-        """Logprobs of given next tokens at SCORE_ROWS positions from `first`; past the end means nothing."""
-        missing = max(0, SCORE_ROWS - hidden_tokens.shape[0])
-        padded = jnp.pad(hidden_tokens, ((0, missing), (0, 0)))
-        # A slice past the end is shifted back by lax: clip its rows one by one instead.
-        at = jnp.minimum(first + jnp.arange(SCORE_ROWS), padded.shape[0] - 1)
-        logits = self.model.head(weights, padded[at], self.ctx)
+        """Logprobs of given next tokens at the positions from `first`; past the end they mean
+        nothing.
+        """
+        # lax shifts a slice past the end back to the front: clip its rows one by one instead.
+        at = jnp.minimum(first + jnp.arange(targets.shape[0]), hidden.shape[0] - 1)
+        logits = self.model.head(weights, hidden[at], self.ctx)
         return sampling.token_logprobs(logits, targets, num_logprobs)

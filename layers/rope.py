@@ -1,7 +1,7 @@
 """Rotary position embeddings and the ways in which checkpoints stretch them.
 
-A Rope is static: inverse frequencies as a tuple of floats and one attention factor. Everything is computed in
-float64 on the host, as transformers does in float32 to within rounding.
+A Rope is static: inverse frequencies as a tuple of floats and one attention factor. Everything is
+computed in float64 on the host, as transformers does in float32 to within rounding.
 """
 
 import math
@@ -16,7 +16,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rope:
-    """inverse_frequency: [head_dim / 2] radians a position; attention_factor scales cos and sin (yarn)."""
+    """inverse_frequency: [head_dim / 2] radians a position; attention_factor scales cos and sin
+    (yarn).
+    """
 
     inverse_frequency: tuple[float, ...]
     attention_factor: float = 1.0
@@ -24,7 +26,9 @@ class Rope:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The rope of one kind of layer, as a checkpoint states it. `options` are the keys of its rope type."""
+    """The rope of one kind of layer, as a checkpoint states it. `options` are the keys of its rope
+    type.
+    """
 
     rope_type: str
     theta: float
@@ -55,7 +59,9 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def build_rope(config: RopeConfig) -> Rope:
-    """The frequencies of a rope type. Raises KeyError for an unknown type (the config reader names it first)."""
+    """The frequencies of a rope type. Raises KeyError for an unknown type (the config reader names
+    it first).
+    """
     return _ROPE_BY_TYPE[config.rope_type](config)
 
 
@@ -85,7 +91,8 @@ def _llama3(config: RopeConfig) -> Rope:
     original = float(config.option("original_max_position_embeddings"))
     base = _base(config)
     wavelength = 2 * math.pi / base
-    # Share of the unstretched frequency: 0 for wavelengths over original/low, 1 under original/high.
+    # Share of the unstretched frequency: 0 for wavelengths over original/low, 1 under
+    # original/high.
     kept = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
     return Rope(tuple((kept * base + (1 - kept) * base / factor).tolist()))
 

@@ -1,7 +1,8 @@
-"""The device state of the rows (running requests): one entry per slot, reset as a whole when a slot is reused.
+"""The device state of the rows (running requests): one entry per slot, reset as a whole when a slot
+is reused.
 
-The programs advance it (last token, output count, token counts); the host only ever writes whole rows, so a row
-cannot carry over anything of the request that had it before.
+The programs advance it (last token, output count, token counts); the host only ever writes whole
+rows, so a row cannot carry over anything of the request that had it before.
 """
 
 import jax
@@ -14,7 +15,9 @@ MAX_BIASES = 300  # logit_bias pairs a row can hold
 
 @struct.dataclass
 class RowState:
-    """Everything `sample` knows about a row. words = ceil(vocab / 32); bit i of word j is token 32 j + i."""
+    """Everything `sample` knows about a row. words = ceil(vocab / 32); bit i of word j is token 32
+    j + i.
+    """
 
     last_token: jax.Array  # i32[slots]
     num_output: jax.Array  # i32[slots], tokens sampled so far
@@ -68,8 +71,8 @@ def abstract_rows(slots: int, vocab: int) -> RowState:
 
 # One changed row on its way to the device: i32 columns, floats by their bits.
 ROW_COLUMNS = (
-    "slot", "length", "last_token", "num_output", "seed_high", "seed_low", "choice", "top_k", "min_tokens",
-    "temperature", "top_p", "min_p", "presence", "frequency", "repetition",
+    "slot", "length", "last_token", "num_output", "seed_high", "seed_low", "choice", "top_k",
+    "min_tokens", "temperature", "top_p", "min_p", "presence", "frequency", "repetition",
 )  # fmt: skip
 NUM_COLUMNS = len(ROW_COLUMNS) + 2 * MAX_BIASES
 

@@ -1,8 +1,10 @@
-"""From hidden states to tokens: one compiled function for a mixed batch, parameters are arrays of rows.
+"""From hidden states to tokens: one compiled function for a mixed batch, parameters are arrays of
+rows.
 
-Order: masks and logit bias, penalties, temperature, min-p, top-k, top-p, draw. A filter keeps every token whose
-logit is at least that of the last one it needs, so ties are all kept; the greedy choice among ties is the lowest
-id. Logprobs are of the raw logits. Each part is skipped when no row of the batch needs it.
+Order: masks and logit bias, penalties, temperature, min-p, top-k, top-p, draw. A filter keeps every
+token whose logit is at least that of the last one it needs, so ties are all kept; the greedy choice
+among ties is the lowest id. Logprobs are of the raw logits. Each part is skipped when no row of the batch
+needs it.
 """
 
 from typing import NamedTuple
@@ -23,8 +25,10 @@ _MASKED = -jnp.inf
 class Sampled(NamedTuple):
     """What one `sample` program returns beside the new state."""
 
-    token_and_flag: jax.Array  # i32[2, rows]: the token; 1 if the row's logits were not finite
-    logprobs: "TokenLogprobs | None"
+    token_and_flag: (
+        jax.Array
+    )  # i32[2, rows], for the host: the token; 1 if the logits were not finite
+    token: jax.Array  # i32[rows], for the device
 
 
 class TokenLogprobs(NamedTuple):
@@ -36,9 +40,7 @@ class TokenLogprobs(NamedTuple):
     top: jax.Array  # f32[rows, k]
 
 
-def sample_greedy(
-    logits: jax.Array, state: RowState, slots: jax.Array
-) -> tuple[Sampled, RowState]:
+def sample_greedy(logits: jax.Array, state: RowState, slots: jax.Array) -> tuple[Sampled, RowState]:
     """The variant for batches whose rows are all greedy and ask for nothing else.
 
     logits: f32[rows, vocab]; slots: i32[rows], num_slots where nothing is sampled.
@@ -49,7 +51,7 @@ def sample_greedy(
         last_token=state.last_token.at[slots].set(token, mode="drop"),
         num_output=state.num_output.at[slots].add(1, mode="drop"),
     )
-    return Sampled(jnp.stack([token, is_bad.astype(jnp.int32)]), None), state
+    return Sampled(jnp.stack([token, is_bad.astype(jnp.int32)]), token), state
 
 
 def sample(
@@ -57,14 +59,18 @@ def sample(
     state: RowState,
     slots: jax.Array,  # i32[rows], num_slots where nothing is sampled
     flags: jax.Array,  # i32[NUM_FLAGS]
-    step_mask: jax.Array | None,  # u32[rows, words], tokens allowed in this step only
-    num_logprobs: int | None,  # static; None: no logprobs
+    step_mask: jax.Array,  # u32[rows, words], tokens allowed in this step
 ) -> tuple[Sampled, RowState]:
     """Draw one token per row."""
-    at = jnp.minimum(slots, state.last_token.shape[0] - 1)  # padded rows compute on some row, and are dropped
+    at = jnp.minimum(
+        slots, state.last_token.shape[0] - 1
+    )  # padded rows compute on some row, and are dropped
     is_bad = ~jnp.isfinite(logits).all(-1)
     adjusted = lax.cond(
-        flags[FLAG_MASKS] > 0, lambda x: _mask_and_bias(x, state, at, step_mask), lambda x: x, logits
+        flags[FLAG_MASKS] > 0,
+        lambda x: _mask_and_bias(x, state, at, step_mask),
+        lambda x: x,
+        logits,
     )
     adjusted = lax.cond(
         flags[FLAG_PENALTIES] > 0, lambda x: _penalize(x, state, at), lambda x: x, adjusted
@@ -87,13 +93,12 @@ def sample(
         scaled,
     )
     token = jnp.where(is_greedy, argmax(adjusted), drawn)
-    logprobs = None if num_logprobs is None else token_logprobs(logits, token, num_logprobs)
     new_state = state.replace(
         last_token=state.last_token.at[slots].set(token, mode="drop"),
         num_output=state.num_output.at[slots].add(1, mode="drop"),
         counts=state.counts.at[slots, token].add(1, mode="drop"),
     )
-    return Sampled(jnp.stack([token, is_bad.astype(jnp.int32)]), logprobs), new_state
+    return Sampled(jnp.stack([token, is_bad.astype(jnp.int32)]), token), new_state
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, k: int) -> TokenLogprobs:
@@ -116,7 +121,9 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, k: int) -> TokenLogprob
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """i32[rows]: the lowest index of the highest value, in two levels (plain argmax is far slower on CPU)."""
+    """i32[rows]: the lowest index of the highest value, in two levels (plain argmax is far slower
+    on CPU).
+    """
     blocks = _blocks(x, _MASKED)
     best = jnp.argmax(blocks.max(-1), axis=-1)
     inside = jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0]
@@ -133,10 +140,12 @@ def draw(x: jax.Array, threshold: jax.Array, uniform: jax.Array) -> jax.Array:
     blocks = _blocks(weights, 0.0)
     ends = jnp.cumsum(blocks.sum(-1), axis=-1)  # [rows, blocks]
     target = uniform * ends[:, -1]
-    # The first block, and in it the first token, whose running sum exceeds the target. Rounding may leave none:
-    # then the last one with any weight is meant.
+    # The first block, and in it the first token, whose running sum exceeds the target. Rounding may
+    # leave none: then the last one with any weight is meant.
     block = _first_above(ends, target)
-    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
+    before = jnp.where(
+        block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0
+    )
     inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
     return (block * BLOCK + _first_above(inside, target - before)).astype(jnp.int32)
 
@@ -184,20 +193,16 @@ def _threshold(
     is_cut = ~is_left.all(-1)
     mass = jnp.where(is_cut, weights.sum(-1), total)
     before = jnp.cumsum(weights, axis=-1) - weights
-    # The first token is always kept; another one while what came before it is short of top_p. At 1 the rounding
-    # of the sum must not cut the tail.
+    # The first token is always kept; another one while what came before it is short of top_p. At 1
+    # the rounding of the sum must not cut the tail.
     is_kept = is_left & ((before < (top_p * mass)[:, None]) | (top_p >= 1)[:, None] | (rank == 0))
     lowest = jnp.where(is_kept, ordered, jnp.inf).min(-1)
     return jnp.where(is_kept.all(-1) & (top_p >= 1) & ~is_cut, _MASKED, lowest)
 
 
-def _mask_and_bias(
-    x: jax.Array, state: RowState, at: jax.Array, step_mask: jax.Array | None
-) -> jax.Array:
+def _mask_and_bias(x: jax.Array, state: RowState, at: jax.Array, step_mask: jax.Array) -> jax.Array:
     vocab = x.shape[-1]
-    allowed = state.allowed[at]
-    if step_mask is not None:
-        allowed = allowed & step_mask
+    allowed = state.allowed[at] & step_mask
     is_early = state.num_output[at] < state.min_tokens[at]
     allowed = allowed & ~jnp.where(is_early[:, None], state.banned_early[at], 0)
     rows = jnp.arange(x.shape[0])[:, None]
@@ -207,7 +212,9 @@ def _mask_and_bias(
 
 
 def _penalize(x: jax.Array, state: RowState, at: jax.Array) -> jax.Array:
-    """Repetition (Keskar et al. 2019, section 4.1) over prompt and output; presence and frequency over output."""
+    """Repetition (Keskar et al. 2019, section 4.1) over prompt and output; presence and frequency
+    over output.
+    """
     counts = state.counts[at]
     is_out = counts > 0
     seen = is_out | unpack_bits(state.prompt_seen[at], x.shape[-1])
@@ -233,7 +240,9 @@ def _blocks(x: jax.Array, fill: float) -> jax.Array:
 
 
 def _first_above(sums: jax.Array, target: jax.Array) -> jax.Array:
-    """i32[rows]: first index whose running sum exceeds target, else the last index at which the sum grew."""
+    """i32[rows]: first index whose running sum exceeds target, else the last index at which the sum
+    grew.
+    """
     above = sums > target[:, None]
     grew = jnp.diff(sums, axis=-1, prepend=0.0) > 0
     last = sums.shape[-1] - 1 - jnp.argmax(grew[:, ::-1], axis=-1)

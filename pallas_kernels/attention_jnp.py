@@ -1,9 +1,9 @@
 """Ragged paged attention in jnp: what runs where no kernel does.
 
-Rows with one query are taken in blocks, the rest as work items of up to 16 queries; both walk their keys in chunks
-at fixed positions with an online softmax, so a row's arithmetic does not depend on its neighbours. Trip counts
-follow the actual lengths, so one program serves every context. Gathering keys per token, or one big masked matrix,
-is 4-20x slower and takes hundreds of MB.
+Rows with one query are taken in blocks, the rest as work items of up to 16 queries; both walk their
+keys in chunks at fixed positions with an online softmax, so a row's arithmetic does not depend on
+its neighbours. Trip counts follow the actual lengths, so one program serves every context.
+Gathering keys per token, or one big masked matrix, is 4-20x slower and takes hundreds of MB.
 """
 
 import jax
@@ -68,7 +68,8 @@ def paged_attention(
     def item(i, out):
         first, count = batch.item_first[i], batch.item_count[i]
         chunk = lax.dynamic_slice_in_dim(queries, first, QUERIES_PER_ITEM)
-        # [queries, kv_heads, group, dim] -> [1, kv_heads, queries * group, dim]: more queries of one row
+        # [queries, kv_heads, group, dim] -> [1, kv_heads, queries * group, dim]: more queries of
+        # one row
         folded = chunk.transpose(1, 0, 2, 3).reshape(
             1, kv_heads, QUERIES_PER_ITEM * group, head_dim
         )

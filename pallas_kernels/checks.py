@@ -1,7 +1,9 @@
-"""The contract of each op: the types of its arguments and the shape and dtype rules, checked at trace time.
+"""The contract of each op: the types of its arguments and the shape and dtype rules, checked at
+trace time.
 
-The registry's dispatch runs these once for every implementation, so the shape comments elsewhere cannot rot.
-Axis words: tokens, rows, heads, kv_heads, head_dim, value_dim, pages, page_size, width (pages a row may hold), items.
+The registry's dispatch runs these once for every implementation, so the shape comments elsewhere
+cannot rot. Axis words: tokens, rows, heads, kv_heads, head_dim, value_dim, pages, page_size, width
+(pages a row may hold), items.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ QUERIES_PER_ITEM = 16
 
 
 class KVPages(NamedTuple):
-    """One layer's cache. `v` is None for a latent cache, whose values are the first columns of `k`."""
+    """One layer's cache. `v` is None for a latent cache: its values are the first columns of k."""
 
     k: jax.Array  # [pages, kv_heads, page_size, head_dim]
     v: jax.Array | None  # [pages, kv_heads, page_size, value_dim]
@@ -35,8 +37,8 @@ class AttentionSpec:
 class AttentionBatch:
     """Which keys each query of a ragged step may see, and where new keys are written.
 
-    Tokens of one-query rows come first: token t < num_single is the only query of row t. The rest is cut into
-    work items of at most QUERIES_PER_ITEM consecutive tokens of one row.
+    Tokens of one-query rows come first: token t < num_single is the only query of row t. The rest
+    is cut into work items of at most QUERIES_PER_ITEM consecutive tokens of one row.
     """
 
     attend_from: jax.Array  # i32[tokens], first visible position; a padded token has from = to = 0
@@ -79,7 +81,8 @@ def check_paged_attention(
     _require(cache_dim == head_dim, f"q has head_dim {head_dim}, the cache has {cache_dim}")
     _require(
         k_new.shape == (tokens, kv_heads, head_dim),
-        f"k_new must be [tokens, kv_heads, head_dim] = {(tokens, kv_heads, head_dim)}, got {k_new.shape}",
+        f"k_new must be [tokens, kv_heads, head_dim] = {(tokens, kv_heads, head_dim)}, got "
+        f"{k_new.shape}",
     )
     _require((v_new is None) == (kv.v is None), "v_new and the cache's v must both be there or not")
     if kv.v is None:

@@ -15,7 +15,8 @@ def write_kv(
     kv: KVPages,
     batch: AttentionBatch,
 ) -> KVPages:
-    """The cache with each token's k and v in its page; padded tokens carry page index `pages` and are dropped.
+    """The cache with each token's k and v in its page; padded tokens carry page index `pages` and
+    are dropped.
 
     One in-place scatter when the cache is donated.
     """
@@ -37,9 +38,9 @@ def paged_attention(
 ) -> tuple[jax.Array, KVPages]:
     """Write the new keys and values, then softmax(scale * q k^T) v over each query's key range.
 
-    A query that sees no key gives zeros. A sink is one more score per head that takes probability and adds
-    nothing. Keys and values outside the range are selected away before any arithmetic: NaN there stays there.
-    Returns out [tokens, heads, value_dim] in q's dtype, and the cache.
+    A query that sees no key gives zeros. A sink is one more score per head that takes probability
+    and adds nothing. Keys and values outside the range are selected away before any arithmetic: NaN
+    there stays there. Returns out [tokens, heads, value_dim] in q's dtype, and the cache.
     """
     kv = write_kv(k_new, v_new, kv, batch)
     tokens, heads, _ = q.shape

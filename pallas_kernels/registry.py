@@ -1,7 +1,7 @@
 """Which implementation of each op runs on which platform: the first of an op's list that serves it.
 
-`choose` is called once at start; its answer is logged, printed by `quire env`, and handed to the layers as an
-argument. To add a kernel: one file, one line here.
+`choose` is called once at start; its answer is logged, printed by `quire env`, and handed to the
+layers as an argument. To add a kernel: one file, one line here.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Ops:
         spec: AttentionSpec,
         sinks: jax.Array | None = None,  # f32[heads]
     ) -> tuple[jax.Array, KVPages]:
-        """reference.paged_attention by the chosen implementation, after its contract was checked."""
+        """reference.paged_attention by the chosen implementation, its contract checked."""
         check_paged_attention(q, k_new, v_new, kv, batch, spec, sinks)
         return self.attention.run(q, k_new, v_new, kv, batch, spec, sinks)
 

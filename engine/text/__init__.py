@@ -1,1 +1,3 @@
-"""Text in and out: tokenizers, incremental decoding, stop strings, chat templates. Never imports JAX."""
+"""Text in and out: tokenizers, incremental decoding, stop strings, chat templates. Never imports
+JAX.
+"""

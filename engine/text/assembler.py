@@ -1,4 +1,5 @@
-"""From a request's tokens to its text: incremental decoding and stop strings, one object per choice.
+"""From a request's tokens to its text: incremental decoding and stop strings, one object per
+choice.
 
 Used by LLM and the gateway; the core only ever sees token ids.
 """
@@ -43,8 +44,8 @@ class TextAssembler:
     def push(self, token_id: int, *, is_last: bool, is_stop_token: bool) -> TextDelta:
         """The text that one more token makes final.
 
-        A stop token (end of sequence or stop_token_ids) has no text unless stops are to be included; with the last
-        token everything held back comes out.
+        A stop token (end of sequence or stop_token_ids) has no text unless stops are to be
+        included; with the last token everything held back comes out.
         """
         self._num_tokens += 1
         if self._detokenizer is None:

@@ -176,9 +176,8 @@ def _cut_at_mark(text: str) -> str:
     start = text.rfind(_CONTINUE.strip())
     if start < 0:
         raise RequestError(
-            "continue_final_message is impossible here: the chat template leaves the last message "
-            "out; "
-            "use a template that writes it",
+            "continue_final_message is impossible here: the chat template leaves the last "
+            "message out; use a template that writes it",
             field="continue_final_message",
         )
     return text[:start] if text.startswith(_CONTINUE, start) else text[:start].rstrip()

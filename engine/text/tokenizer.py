@@ -198,16 +198,14 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         except Exception as error:  # what the Rust library raises has no class of its own
             raise ModelError(
                 f"{file} cannot be read as a tokenizer: {error}; download it again, or remake it "
-                "with "
-                f"the tokenizers library {tokenizers.__version__} or older"
+                f"with the tokenizers library {tokenizers.__version__} or older"
             ) from error
     others = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
     found = next((name for name in others if (path / name).is_file()), None)
     if found is None:
         raise ModelError(
             f"{path} has no tokenizer.json; add the one that was published with the model, or "
-            "start "
-            "with another tokenizer folder"
+            "start with another tokenizer folder"
         )
     command = (
         'python -c "from transformers import AutoTokenizer as T; '
@@ -215,8 +213,8 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     )
     raise ModelError(
         f"{path} has {found} but no tokenizer.json; add the one that was published with the model, "
-        "or "
-        "make it with the command below (pip install transformers sentencepiece protobuf tiktoken; "
+        "or make it with the command below (pip install transformers sentencepiece protobuf "
+        "tiktoken; "
         "check it: transformers 5 differs from sentencepiece on leading and repeated spaces)\n"
         f"{command}"
     )
@@ -299,8 +297,7 @@ def _named_templates(value: Any, file: Path) -> dict[str, str]:
         return dict(value)
     raise ModelError(
         f"chat_template in {file} must be a text or a list of {{name, template}}; mend it, or put "
-        "the "
-        "template into chat_template.jinja"
+        "the template into chat_template.jinja"
     )
 
 

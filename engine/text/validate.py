@@ -78,8 +78,7 @@ def _read_prompt_dict(prompt: Mapping[object, object]) -> tuple[str | None, tupl
     if text is not None and not isinstance(text, str):
         raise RequestError(
             f"prompt in a prompt dict must be a string, got {type(text).__name__}; token ids go "
-            "into "
-            "prompt_token_ids",
+            "into prompt_token_ids",
             field="prompt",
         )
     if token_ids is not None:
@@ -127,9 +126,8 @@ def _encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> tuple[
     token_ids = tuple(tokenizer.encode(text, add_special_tokens))
     if not token_ids:
         raise RequestError(
-            "the prompt is empty, and this tokenizer adds no beginning-of-sequence token, so there "
-            "is "
-            "nothing to continue; send some text",
+            "the prompt is empty, and this tokenizer adds no beginning-of-sequence token, so "
+            "there is nothing to continue; send some text",
             field="prompt",
         )
     return token_ids
@@ -145,8 +143,7 @@ def _encode_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple
             if not token_ids:
                 raise RequestError(
                     f"bad_words[{index}] is {word!r}, which this tokenizer turns into no tokens; "
-                    "leave "
-                    "it out",
+                    "leave it out",
                     field="bad_words",
                 )
             sequences[token_ids] = None

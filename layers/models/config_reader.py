@@ -1,7 +1,9 @@
-"""Reads config.json so that every key is accounted for: used, known not to matter, or refused by name.
+"""Reads config.json so that every key is accounted for: used, known not to matter, or refused by
+name.
 
-A model we would run wrongly is worse than one we do not run. The keys that do not matter stand in one table with the
-reason; a key that matters only at some values is listed with the values that are harmless.
+A model we would run wrongly is worse than one we do not run. The keys that do not matter stand in
+one table with the reason; a key that matters only at some values is listed with the values that are
+harmless.
 """
 
 import difflib
@@ -120,7 +122,9 @@ class ConfigReader:
         return cls(keys, str(path), ignored)
 
     def take(self, key: str, kind: type, default: Any = _MISSING) -> Any:
-        """The value of a key, as `kind`; null counts as absent. `default` is what transformers assumes."""
+        """The value of a key, as `kind`; null counts as absent. `default` is what transformers
+        assumes.
+        """
         self._taken.add(key)
         value = self._keys.get(key)
         if value is None:
@@ -151,7 +155,8 @@ class ConfigReader:
         known = ("full_attention", "sliding_attention")
         if types is not None and (len(types) != num_layers or not set(types) <= set(known)):
             raise ConfigError(
-                f"{self._source}: layer_types must list {num_layers} layers, each {' or '.join(known)}; "
+                f"{self._source}: layer_types must list {num_layers} layers, each "
+                f"{' or '.join(known)}; "
                 f"got {len(types)}: {types[:4]}"
             )
         return types
@@ -178,7 +183,8 @@ class ConfigReader:
         where = f"{self._source}: {'rope_parameters' if new else 'rope_scaling'}"
         if rope_type not in rope_types():
             raise ConfigError(
-                f"{where}: rope type {rope_type!r} is not implemented; quire runs {', '.join(rope_types())}"
+                f"{where}: rope type {rope_type!r} is not implemented; quire runs "
+                f"{', '.join(rope_types())}"
             )
         if options.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
             raise ConfigError(
@@ -220,6 +226,7 @@ class ConfigReader:
         near = {k: difflib.get_close_matches(k, self._taken, 1) for k in left}
         hints = "".join(f"; is {k} meant to be {m[0]}?" for k, m in sorted(near.items()) if m)
         raise ConfigError(
-            f"{self._source} has keys that quire does not know, so the model might be run wrongly: {listed}{hints}. "
+            f"{self._source} has keys that quire does not know, so the model might be run wrongly: "
+            f"{listed}{hints}. "
             f"If they cannot change the answer, pass --ignore-config-keys {','.join(sorted(left))}"
         )

@@ -1,7 +1,8 @@
 """Llama (Touvron et al. 2023) and the decoders that differ from it by a few switches.
 
-Pre-norm blocks of grouped-query attention with rope and a gated MLP. Mistral adds a sliding window, Qwen2 biases on
-q, k and v, Qwen3 a norm on each head of q and k: see their files, which read their config into the same spec.
+Pre-norm blocks of grouped-query attention with rope and a gated MLP. Mistral adds a sliding window,
+Qwen2 biases on q, k and v, Qwen3 a norm on each head of q and k: see their files, which read their
+config into the same spec.
 """
 
 from dataclasses import dataclass
@@ -130,7 +131,9 @@ class Decoder:
         )  # fmt: skip
 
     def is_unused(self, tensor: str) -> bool:
-        """Tensors that published files carry and the model does not read: a tied head, old rope buffers."""
+        """Tensors that published files carry and the model does not read: a tied head, old rope
+        buffers.
+        """
         is_tied_head = self.spec.tie_embeddings and tensor == "lm_head.weight"
         return is_tied_head or tensor.endswith(".self_attn.rotary_emb.inv_freq")
 

@@ -1,4 +1,6 @@
-"""Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with biases on q, k and v; some checkpoints use windows."""
+"""Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with biases on q, k and v; some checkpoints use
+windows.
+"""
 
 from .config_reader import ConfigReader
 from .llama import DecoderSpec, read_common
@@ -13,7 +15,9 @@ def read_config(reader: ConfigReader) -> DecoderSpec:
 
 
 def read_windows(reader: ConfigReader) -> tuple[int | None, ...]:
-    """The window of each layer: layer_types where given, else layers from max_window_layers on slide."""
+    """The window of each layer: layer_types where given, else layers from max_window_layers on
+    slide.
+    """
     layers = reader.take_positive("num_hidden_layers")
     is_on = reader.take("use_sliding_window", bool, False)
     window = reader.take_window("sliding_window", absent=4096) if is_on else None

@@ -1,4 +1,6 @@
-"""model_type -> how to read its config and which model runs it. A new architecture is one file and one line."""
+"""model_type -> how to read its config and which model runs it. A new architecture is one file and
+one line.
+"""
 
 import difflib
 from collections.abc import Callable, Collection
@@ -39,7 +41,8 @@ def read_model(folder: Path, ignored_keys: Collection[str] = ()) -> ModelInfo:
     if model_type not in _READ_BY_MODEL_TYPE:
         near = difflib.get_close_matches(model_type, _READ_BY_MODEL_TYPE, 1, cutoff=0.0)
         raise ConfigError(
-            f"{folder / 'config.json'}: model_type {model_type!r} is not implemented; the nearest is {near[0]!r}, "
+            f"{folder / 'config.json'}: model_type {model_type!r} is not implemented; the nearest "
+            f"is {near[0]!r}, "
             f"and quire runs {', '.join(_READ_BY_MODEL_TYPE)}"
         )
     spec = _READ_BY_MODEL_TYPE[model_type](reader)

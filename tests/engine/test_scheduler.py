@@ -113,9 +113,7 @@ def test_scheduler_plan_counts_tokens_and_names_admitted_requests_once():
 
 
 def test_scheduler_plan_is_empty_without_work():
-    scheduler = make_scheduler()
-    assert not scheduler.has_work
-    assert schedule(scheduler) == StepPlan((), (), (), 0)
+    assert schedule(make_scheduler()) == StepPlan((), (), (), 0)
 
 
 def test_scheduler_plans_a_token_that_is_still_on_the_device():
@@ -172,6 +170,7 @@ def test_scheduler_finish_frees_pages_and_slot_from_any_state(is_running: bool):
     scheduler.audit()
     assert request.status is RequestStatus.FINISHED
     assert (request.finish_reason, request.stop_reason) == ("stop", "END")
+    assert request.num_in_flight == 0
     assert (scheduler.has_work, scheduler.pool.num_free) == (False, 100)
 
 

@@ -108,6 +108,7 @@ class Engine:
 
     def step(self) -> StepPlan:
         plan = self.scheduler.schedule(0.0)
+        assert all(chunk.count > 0 for chunk in plan.chunks)
         assert plan.num_tokens == sum(chunk.count for chunk in plan.chunks)
         assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
         assert not (plan.preempted and plan.admitted)
@@ -146,7 +147,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows=windows.map(tuple),
         enable_prefix_caching=st.sampled_from([True, True, False]),
         policy=st.sampled_from([fcfs, by_priority]),
-        depth=st.integers(0, 1),
+        depth=st.integers(0, 2),
     )
     def start(self, budget: int, num_spare_pages: int, depth: int, **fields: Any) -> None:
         def make_scheduler(num_pages: int) -> Scheduler:
@@ -168,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prefix=st.sampled_from(SHARED_PREFIXES),
-        suffix=st.lists(st.integers(1, 2), min_size=1, max_size=6),
+        suffix=st.lists(st.integers(1, 2), min_size=1, max_size=3),
         salt=st.sampled_from([b"", b"", b"", b"other"]),
         max_tokens=st.integers(1, 16),
         priority=st.integers(0, 1),

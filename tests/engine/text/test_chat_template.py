@@ -1,4 +1,4 @@
-"""Chat templates: as Hugging Face renders them, and never more than their share of time or memory."""
+"""Chat templates: as Hugging Face renders them, in bounded time and memory."""
 
 import json
 import threading
@@ -44,7 +44,8 @@ def plain_jinja(source, **variables):
         "{% for m in messages if m.role != 'user' %}{{ loop.revindex0 }}{{ loop.first }}{% else %}-"
         "{% endfor %}",
         "{% for m in [] %}x{% else %}none{% endfor %}",
-        "{% for m in messages %}{{ loop.previtem.role }}>{{ loop.nextitem.role }};{% endfor %}",
+        "{% for m in messages %}{% if loop.previtem %}{{ loop.previtem.role }}{% endif %}"
+        "{{ loop.nextitem is defined }};{% endfor %}",
         "{%- for m in messages -%}{% if loop.index0 == 1 %}{% continue %}{% endif %}{{ m['role'] }}"
         "{% break %}{%- endfor -%}",
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
@@ -67,7 +68,8 @@ def plain_jinja(source, **variables):
         ),
         "{{ dict(a=1) }}{{ range(3) | list }}{{ 2 ** 10 }}{{ 7 % 4 }}{{ [1] + [2] }}{{ 3 * 4 }}",
         "{% filter upper %}abc{% endfilter %}{{ messages | first }}{{ 'x' if false }}",
-        "{{ ['b', 'a'] | sort | join }}{{ {'b': 1, 'a': 2} | dictsort }}{{ [3, 1] | sum(start=1) }}",
+        "{{ ['b', 'a'] | sort | join }}{{ {'b': 1, 'a': 2} | dictsort }}"
+        "{{ [3, 1] | sum(start=1) }}",
     ],
 )
 def test_chat_template_renders_as_plain_jinja(source):
@@ -94,17 +96,17 @@ def test_chat_template_equals_transformers_on_its_extras(tmp_path):
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(99) }}",
         "{% set x %}{% for i in range(99999) %}{% for j in range(99999) %}{% if i > j %}"
         "{% endif %}{% endfor %}{% endfor %}{% endset %}",
-        "{% for a in [1] recursive %}{% for i in range(9999) %}{{ loop([]) }}{% endfor %}"
-        "{{ loop(range(9999)) }}{% endfor %}",
+        "{% for a in range(9999) recursive %}{{ loop(range(9999)) if loop.depth < 4 }}{% endfor %}",
     ],
 )
 def test_chat_template_stops_when_time_is_up(source):
     threads = threading.active_count()
     start = time.monotonic()
-    with pytest.raises(RequestError, match=r"ran longer than 0\.2 s; mend the template|Recursion"):
+    with pytest.raises(RequestError, match=r"ran longer than 0\.2 s; mend the template"):
         render(source, limits=RenderLimits(time_s=0.2))
     assert time.monotonic() - start < 2  # 0.2 s, on a machine that others use too
     assert threading.active_count() == threads
@@ -168,7 +170,7 @@ def test_chat_template_output_up_to_the_limit_is_fine():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ 9 ** 9 ** 9 ** 9 }}", "makes a number of more than 16384 bits"),
+        ("{{ 9 ** (9 ** 9) }}", "makes a number of more than 16384 bits"),
         ("{{ messages | tojson(indent=99) }}", "calls tojson with an indent over 16"),
         ("{{ strftime_now('%99d') }}", "calls strftime_now with a format that is long or has"),
         ("{% if %}", "is not valid Jinja: line 1"),
@@ -290,7 +292,7 @@ def test_chat_template_continue_refusals():
         RequestError, match="exclude each other; set add_generation_prompt to false"
     ):
         render(CHATML, BEGUN, continue_final_message=True)
-    with pytest.raises(RequestError, match="needs a text to continue, but the content .* is None"):
+    with pytest.raises(RequestError, match=r"needs a text to continue, but the content .* is None"):
         render(
             CHATML,
             [{"role": "assistant", "content": None}],

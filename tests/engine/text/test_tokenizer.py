@@ -212,3 +212,14 @@ def test_tokenizer_without_chat_template(tekken):
     assert caught.value.field == "chat_template"
     with pytest.raises(RequestError, match=r"'chatml' is neither a template nor the name of one"):
         tekken.apply_chat_template(USER, chat_template="chatml")
+
+
+def test_tokenizer_modules_import_neither_jax_nor_transformers_nor_numpy():
+    program = (
+        "import sys, quire.engine.text.detokenizer, quire.engine.text.validate\n"
+        "print([m for m in ('jax', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
