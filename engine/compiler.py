@@ -68,7 +68,7 @@ class _Events:
         with self._lock:
             self.count_by_event[event] = self.count_by_event.get(event, 0) + 1
 
-    def _on_duration(self, event: str, _seconds: float, **_kwargs: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         self._on_event(event)
 
     def count(self, *parts: str) -> int:

@@ -283,7 +283,7 @@ class EngineCore:
             or request.num_tokens >= self.scheduler.config.max_model_len
         ):
             reason = FinishReason.LENGTH
-        own = ()
+        own: tuple[PositionLogprobs, ...] = ()
         if logprobs is not None and params.logprobs is not None:
             own = (self._position(logprobs, row, token_id, params.logprobs),)
         prompt_logprobs = None

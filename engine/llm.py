@@ -229,9 +229,9 @@ class LLM:
             with tqdm(total=len(requests), desc="prompts", disable=not use_tqdm) as bar:
                 while by_id:
                     output = outputs.get()
-                    collector, choice = by_id.get(output.request_id, (None, 0))
-                    if collector is None:
+                    if output.request_id not in by_id:
                         continue  # the extra token of an answer that a stop string ended
+                    collector, choice = by_id[output.request_id]
                     num_tokens += len(output.token_ids)
                     is_done, must_abort = collector.add(output, choice)
                     if must_abort:

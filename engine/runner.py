@@ -145,9 +145,9 @@ class Runner:
         place.
         """
         run = self._program(f"forward[{tokens}]")
-        hidden, self._kv, self._lengths = run(
-            self._weights, self._kv, self._lengths, self._rows.last_token, packed
-        )
+        made = run(self._weights, self._kv, self._lengths, self._rows.last_token, packed)
+        hidden: Hidden = made[0]
+        self._kv, self._lengths = made[1:]
         return hidden
 
     def sample(
@@ -159,9 +159,9 @@ class Runner:
         num_rows = hidden.slots.shape[0]
         run = self._program(_sample_name(num_rows, variant))
         mask = self._open_masks[num_rows] if step_mask is None else step_mask
-        sampled, self._rows = run(
-            self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags, mask
-        )
+        made = run(self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags, mask)
+        sampled: Sampled = made[0]
+        self._rows = made[1]
         return sampled
 
     def score(
@@ -171,7 +171,8 @@ class Runner:
         rows for Hidden.rows, SCORE_ROWS for Hidden.tokens.
         """
         run = self._program(f"score[{hidden.shape[0]},{targets.shape[0]}]")
-        return run(self._weights, hidden, np.int32(first), targets)
+        scores: TokenLogprobs = run(self._weights, hidden, np.int32(first), targets)
+        return scores
 
     # Lowering
 
@@ -263,7 +264,7 @@ class Runner:
 
     def _lower_update(self, num_rows: int, with_tables: bool) -> Any:
         packed = self._abstract((num_rows, rows.NUM_COLUMNS), jnp.int32)
-        arguments = (self._abstract_rows(), self._lengths_array(), packed)
+        arguments: tuple[Any, ...] = (self._abstract_rows(), self._lengths_array(), packed)
         if with_tables:
             words, vocab = rows.num_words(self._vocab), self._vocab
             bits = self._abstract((words,), jnp.uint32)

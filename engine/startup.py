@@ -236,14 +236,14 @@ def _shown(defaults: dict[str, Any]) -> str:
     return "its sampling defaults: " + ", ".join(f"{k}={v}" for k, v in defaults.items())
 
 
-_DTYPE_BY_NAME = {
+_DTYPE_BY_NAME: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
 
 
-def _dtype(config: EngineConfig, info: ModelInfo) -> np.dtype:
+def _dtype(config: EngineConfig, info: ModelInfo) -> np.dtype[Any]:
     name = config.dtype if config.dtype != "auto" else (info.dtype or "bfloat16")
     if name not in _DTYPE_BY_NAME:
         raise UnsupportedModel(
@@ -264,7 +264,7 @@ def _plan_kv(
     info: ModelInfo,
     layout: KVLayout,
     sizes: _Sizes,
-    dtype: np.dtype,
+    dtype: np.dtype[Any],
     cache: Path,
     say: Say,
 ) -> tuple[int, int]:
@@ -305,7 +305,7 @@ def _plan_kv(
 
 
 def _memo_key(
-    config: EngineConfig, info: ModelInfo, sizes: _Sizes, dtype: np.dtype, max_model_len: int
+    config: EngineConfig, info: ModelInfo, sizes: _Sizes, dtype: np.dtype[Any], max_model_len: int
 ) -> str:
     facts = (
         repr(info.model.spec), sizes, dtype.name, max_model_len, config.kv_cache_memory_bytes,

@@ -10,6 +10,7 @@ from ..pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
 from .context import Context
 from .linear import linear, linear_sum
 from .norm import rms_norm
+from .param import Leaf
 from .rope import rotate
 
 
@@ -26,12 +27,12 @@ class HeadShape:
 class Attention:
     """The weights of one attention layer; q, k and v fused."""
 
-    qkv: object  # [(heads + 2 * kv_heads) * head_dim, hidden]
-    qkv_bias: jax.Array | None
-    out: object  # [hidden, heads * head_dim]
-    out_bias: jax.Array | None  # [hidden]
-    q_norm: jax.Array | None  # [head_dim]
-    k_norm: jax.Array | None  # [head_dim]
+    qkv: Leaf  # [(heads + 2 * kv_heads) * head_dim, hidden]
+    qkv_bias: Leaf
+    out: Leaf  # [hidden, heads * head_dim]
+    out_bias: Leaf  # [hidden]
+    q_norm: Leaf  # [head_dim]
+    k_norm: Leaf  # [head_dim]
 
 
 def attention(

@@ -6,16 +6,17 @@ from flax import struct
 
 from .context import Context
 from .linear import linear, linear_sum
+from .param import Leaf
 
 
 @struct.dataclass
 class GatedMlp:
     """The weights of down(silu(gate x) * up x), gate and up fused."""
 
-    gate_up: object  # [2 * mlp, hidden]
-    gate_up_bias: jax.Array | None  # [2 * mlp]
-    down: object  # [hidden, mlp]
-    down_bias: jax.Array | None  # [hidden]
+    gate_up: Leaf  # [2 * mlp, hidden]
+    gate_up_bias: Leaf  # [2 * mlp]
+    down: Leaf  # [hidden, mlp]
+    down_bias: Leaf  # [hidden]
 
 
 def gated_mlp(x: jax.Array, weights: GatedMlp, ctx: Context) -> jax.Array:

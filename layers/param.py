@@ -11,6 +11,10 @@ from typing import Any
 
 import jax
 
+# A leaf of a tree that is sometimes abstract: a jax.Array, or the ShapeDtypeStruct, Param, numpy
+# array or sharding that stands in its place.
+Leaf = Any
+
 
 class Kind(Enum):
     """What a Param is for; a WeightFormat decides by it how the bytes are held."""

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from .param import Leaf
+
 MAX_BIASES = 300  # logit_bias pairs a row can hold
 
 
@@ -19,33 +21,33 @@ class RowState:
     j + i.
     """
 
-    last_token: jax.Array  # i32[slots]
-    num_output: jax.Array  # i32[slots], tokens sampled so far
-    key: jax.Array  # u32[slots, 2], of (request seed, choice)
-    temperature: jax.Array  # f32[slots], 0 is greedy
-    top_p: jax.Array  # f32[slots]
-    top_k: jax.Array  # i32[slots], vocab if off
-    min_p: jax.Array  # f32[slots]
-    presence: jax.Array  # f32[slots]
-    frequency: jax.Array  # f32[slots]
-    repetition: jax.Array  # f32[slots]
-    min_tokens: jax.Array  # i32[slots]
-    bias_id: jax.Array  # i32[slots, MAX_BIASES], vocab where unused
-    bias_value: jax.Array  # f32[slots, MAX_BIASES]
-    allowed: jax.Array  # u32[slots, words]
-    banned_early: jax.Array  # u32[slots, words], tokens banned before min_tokens
-    prompt_seen: jax.Array  # u32[slots, words]
-    counts: jax.Array  # i16[slots, vocab], of output tokens
+    last_token: Leaf  # i32[slots]
+    num_output: Leaf  # i32[slots], tokens sampled so far
+    key: Leaf  # u32[slots, 2], of (request seed, choice)
+    temperature: Leaf  # f32[slots], 0 is greedy
+    top_p: Leaf  # f32[slots]
+    top_k: Leaf  # i32[slots], vocab if off
+    min_p: Leaf  # f32[slots]
+    presence: Leaf  # f32[slots]
+    frequency: Leaf  # f32[slots]
+    repetition: Leaf  # f32[slots]
+    min_tokens: Leaf  # i32[slots]
+    bias_id: Leaf  # i32[slots, MAX_BIASES], vocab where unused
+    bias_value: Leaf  # f32[slots, MAX_BIASES]
+    allowed: Leaf  # u32[slots, words]
+    banned_early: Leaf  # u32[slots, words], tokens banned before min_tokens
+    prompt_seen: Leaf  # u32[slots, words]
+    counts: Leaf  # i16[slots, vocab], of output tokens
 
 
 @struct.dataclass
 class RowTables:
     """The wide part of one row, sent only for requests that use it."""
 
-    allowed: jax.Array  # u32[words]
-    banned_early: jax.Array  # u32[words]
-    prompt_seen: jax.Array  # u32[words]
-    counts: jax.Array  # i16[vocab]
+    allowed: Leaf  # u32[words]
+    banned_early: Leaf  # u32[words]
+    prompt_seen: Leaf  # u32[words]
+    counts: Leaf  # i16[vocab]
 
 
 def num_words(vocab: int) -> int:

@@ -1,12 +1,12 @@
-"""From hidden states to tokens: one compiled function for a mixed batch, parameters are arrays of
-rows.
+"""From hidden states to tokens: one compiled function for a mixed batch, parameters as arrays.
 
 Order: masks and logit bias, penalties, temperature, min-p, top-k, top-p, draw. A filter keeps every
 token whose logit is at least that of the last one it needs, so ties are all kept; the greedy choice
-among ties is the lowest id. Logprobs are of the raw logits. Each part is skipped when no row of the batch
-needs it.
+among ties is the lowest id. Logprobs are of the raw logits. Each part is skipped when no row of the
+batch needs it.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .batch import FLAG_FILTERS, FLAG_MASKS, FLAG_PENALTIES
+from .param import Leaf
 from .rows import RowState, unpack_bits
 
 BLOCK = 128  # sums and maxima over the vocabulary go in two levels of this width
@@ -34,10 +35,10 @@ class Sampled(NamedTuple):
 class TokenLogprobs(NamedTuple):
     """Log-softmax of raw logits: of the chosen token, its rank, and the k most likely tokens."""
 
-    chosen: jax.Array  # f32[rows]
-    rank: jax.Array  # i32[rows], 1 is the most likely
-    top_ids: jax.Array  # i32[rows, k]
-    top: jax.Array  # f32[rows, k]
+    chosen: Leaf  # f32[rows]
+    rank: Leaf  # i32[rows], 1 is the most likely
+    top_ids: Leaf  # i32[rows, k]
+    top: Leaf  # f32[rows, k]
 
 
 def sample_greedy(logits: jax.Array, state: RowState, slots: jax.Array) -> tuple[Sampled, RowState]:
@@ -47,7 +48,8 @@ def sample_greedy(logits: jax.Array, state: RowState, slots: jax.Array) -> tuple
     """
     token = argmax(logits)
     is_bad = ~jnp.isfinite(logits).all(-1)
-    state = state.replace(
+    state = replace(
+        state,
         last_token=state.last_token.at[slots].set(token, mode="drop"),
         num_output=state.num_output.at[slots].add(1, mode="drop"),
     )
@@ -93,7 +95,8 @@ def sample(
         scaled,
     )
     token = jnp.where(is_greedy, argmax(adjusted), drawn)
-    new_state = state.replace(
+    new_state = replace(
+        state,
         last_token=state.last_token.at[slots].set(token, mode="drop"),
         num_output=state.num_output.at[slots].add(1, mode="drop"),
         counts=state.counts.at[slots, token].add(1, mode="drop"),

@@ -7,7 +7,7 @@ cannot rot. Axis words: tokens, rows, heads, kv_heads, head_dim, value_dim, page
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ QUERIES_PER_ITEM = 16
 class KVPages(NamedTuple):
     """One layer's cache. `v` is None for a latent cache: its values are the first columns of k."""
 
-    k: jax.Array  # [pages, kv_heads, page_size, head_dim]
-    v: jax.Array | None  # [pages, kv_heads, page_size, value_dim]
+    k: Any  # array [pages, kv_heads, page_size, head_dim]
+    v: Any  # the same [pages, kv_heads, page_size, value_dim]
 
 
 @dataclass(frozen=True)

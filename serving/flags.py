@@ -16,8 +16,8 @@ from ..engine.errors import ConfigError
 class Parser(argparse.ArgumentParser):
     """Unknown flags are answered in one line with the nearest known one; exit code 2."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         _, _, rest = message.partition("unrecognized arguments: ")

@@ -100,7 +100,7 @@ def charge_product(meter: Meter, left: Any, right: Any) -> None:
         charge_bits(left.bit_length() + right.bit_length())
     for sequence, times in ((left, right), (right, left)):
         if hasattr(sequence, "__len__") and isinstance(times, int):
-            pass
+            meter.charge(len(sequence) * max(times, 0))
 
 
 def _charge_replace(meter: Meter, text: Any, old: Any, new: Any) -> None:

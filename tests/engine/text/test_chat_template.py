@@ -100,6 +100,8 @@ def test_chat_template_equals_transformers_on_its_extras(tmp_path):
         "{{ f(99) }}",
         "{% set x %}{% for i in range(99999) %}{% for j in range(99999) %}{% if i > j %}"
         "{% endif %}{% endfor %}{% endfor %}{% endset %}",
+        "{% set r = range(9999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}"
+        "{% endfor %}{% endfor %}",
         "{% for a in range(9999) recursive %}{{ loop(range(9999)) if loop.depth < 4 }}{% endfor %}",
     ],
 )

@@ -1,0 +1,51 @@
+# `make demo` and `make test` need nothing but make and a Python >= 3.12.
+
+PYTHON := $(shell for p in python3.13 python3.12 python3; do \
+  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$p; break; fi; done)
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: demo test test-slow check format wheel-test bench clean
+
+demo: .venv/installed
+	@$(BIN)/quire generate --chat "What is 23 + 58?" --temperature 0 --max-tokens 64
+	@$(BIN)/quire generate --chat "Tell me a story." --temperature 0 --max-tokens 200
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: .venv/installed-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python tests/run_mypy.py
+	cd .venv && bin/lint-imports --config ../.importlinter
+
+format: .venv/installed-lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel-test:
+	bash tests/wheel_test.sh $(PYTHON)
+
+bench: .venv/installed
+	$(BIN)/python -m quire.bench.offline
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "quire needs Python >= 3.12: install python3.12 and run make again"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+.venv/installed-lint: .venv/installed-test
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,lint]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info
