@@ -80,7 +80,9 @@ def sample(
     is_bad |= adjusted.max(-1) == _MASKED
     temperature = state.temperature[at]
     is_greedy = temperature == 0
-    scaled = adjusted / jnp.where(is_greedy, 1.0, temperature)[:, None]
+    # From the highest down: a tiny temperature sends the others to -inf and nothing to NaN.
+    scaled = adjusted - adjusted.max(-1, keepdims=True)
+    scaled = scaled / jnp.where(is_greedy, 1.0, temperature)[:, None]
     threshold = lax.cond(
         flags[FLAG_FILTERS] > 0,
         lambda x: filter_threshold(x, state.top_k[at], state.top_p[at], state.min_p[at]),
