@@ -8,6 +8,9 @@ from ..layers import rows
 from .request import Request
 
 
+_TINY = float(np.finfo(np.float32).tiny)
+
+
 @dataclass(frozen=True)
 class RowNeeds:
     """Which parts of the sample program a request uses; fixed for its life."""
@@ -50,9 +53,11 @@ def pack_row(request: Request, length: int, vocab: int) -> np.ndarray:
         request.slot, length, last, request.num_output, seed >> 32, seed & 0xFFFFFFFF,
         request.choice, top_k, p.min_tokens,
     )  # fmt: skip
+    # Values that float32 would make 0 or infinite act the same at the ends of its range.
+    temperature = max(p.temperature, _TINY) if p.temperature > 0 else 0.0
+    repetition = min(max(p.repetition_penalty, 1e-30), 1e30)
     real = (
-        p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty,
-        p.repetition_penalty
+        temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, repetition
     )  # fmt: skip
     packed[: len(whole)] = np.array(whole, np.uint64).astype(np.uint32).view(np.int32)
     packed[len(whole) : len(whole) + len(real)] = np.array(real, np.float32).view(np.int32)
