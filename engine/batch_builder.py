@@ -1,7 +1,7 @@
 """Packs a plan into the one i32 array of its step.
 
 Page tables are kept per slot and only their new pages are written, so a decode step copies them in
-one go. The array itself is fresh every step: on CPU a running step still reads the last one.
+one go.
 """
 
 from dataclasses import dataclass

@@ -55,6 +55,7 @@ class _Events:
         self._lock = threading.Lock()
         self.count_by_event: dict[str, int] = {}
         self._is_listening = False
+        self._of_thread = threading.local()
 
     def listen(self) -> None:
         with self._lock:
@@ -67,6 +68,13 @@ class _Events:
     def _on_event(self, event: str, **_: Any) -> None:
         with self._lock:
             self.count_by_event[event] = self.count_by_event.get(event, 0) + 1
+        if event == _CACHE_HIT:
+            self._of_thread.num_hits = self.num_hits_here() + 1
+
+    def num_hits_here(self) -> int:
+        """Programs that this thread took from the cache; others may be compiling too."""
+        hits: int = getattr(self._of_thread, "num_hits", 0)
+        return hits
 
     def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         self._on_event(event)
@@ -78,6 +86,7 @@ class _Events:
             )
 
 
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
 _EVENTS = _Events()
 
 
@@ -93,15 +102,15 @@ def compile_all(
 ) -> tuple[dict[str, Any], CompileReport]:
     """name -> executable, and what it took. `progress` is called with each finished name."""
     _EVENTS.listen()
-    hits = _EVENTS.count("/jax/compilation_cache/cache_hits")
     start = time.perf_counter()
     lower_s = 0.0
-    futures: dict[str, Future[Any]] = {}
+    futures: dict[str, Future[tuple[Any, bool]]] = {}
 
-    def finish(name: str, lowered: jax.stages.Lowered) -> Any:
+    def finish(name: str, lowered: jax.stages.Lowered) -> tuple[Any, bool]:
+        before = _EVENTS.num_hits_here()
         compiled = lowered.compile()
         progress(name)
-        return compiled
+        return compiled, _EVENTS.num_hits_here() > before
 
     previous = threading.stack_size(_STACK_BYTES)
     try:
@@ -111,12 +120,12 @@ def compile_all(
                 lowered = spec.lower()
                 lower_s += time.perf_counter() - before
                 futures[spec.name] = pool.submit(finish, spec.name, lowered)
-            compiled = {name: future.result() for name, future in futures.items()}
+            results = {name: future.result() for name, future in futures.items()}
     finally:
         threading.stack_size(previous)
-    loaded = _EVENTS.count("/jax/compilation_cache/cache_hits") - hits
-    report = CompileReport(loaded, len(compiled) - loaded, lower_s, time.perf_counter() - start)
-    return compiled, report
+    loaded = sum(was_loaded for _, was_loaded in results.values())
+    report = CompileReport(loaded, len(results) - loaded, lower_s, time.perf_counter() - start)
+    return {name: executable for name, (executable, _) in results.items()}, report
 
 
 def default_cache_dir() -> Path:
@@ -155,6 +164,8 @@ def open_cache(folder: Path) -> Path:
             f"{stat.S_IMODE(status.st_mode):o}), and "
             f"compiled programs are code; chmod 700 it, or {way_out}"
         )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"the compile cache {folder} is read-only; {way_out}")
     _EVENTS.listen()
     programs = folder / "programs"
     if jax.config.jax_compilation_cache_dir != str(programs):

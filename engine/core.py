@@ -152,7 +152,7 @@ class EngineCore:
     def step(self) -> list[StepOutput]:
         """Dispatch the next step, if any, and read the oldest one when enough are in flight."""
         try:
-            plan = self.scheduler.schedule(time.monotonic())
+            plan = self._last_plan = self.scheduler.schedule(time.monotonic())
             if plan.chunks:
                 self._dispatch(plan)
             while self._pending and (len(self._pending) > self._depth or not plan.chunks):

@@ -11,7 +11,7 @@ from typing import Any
 
 from .config import EngineConfig
 from .core import StepOutput, Submission
-from .errors import EngineError, EngineStopped, RequestError
+from .errors import EngineStopped, RequestError
 from .loop import EngineLoop
 from .outputs import CompletionOutput, RequestOutput, StreamDelta
 from .request import FinishReason
@@ -352,12 +352,6 @@ class _Collector:
         """
         answer, assembler = self.answers[choice], self._assemblers[choice]
         self.num_cached = output.num_cached or self.num_cached
-        if output.finish_reason is FinishReason.ERROR:
-            raise EngineError(
-                f"request {self.number} failed: {output.stop_reason}; its {len(answer.token_ids)} "
-                "tokens so far are "
-                "lost. Send it again"
-            )
         if output.prompt_logprobs is not None and self.prompt_logprobs is None:
             self.prompt_logprobs = [
                 None, *(logprobs_at(p, self.tokenizer) for p in output.prompt_logprobs)

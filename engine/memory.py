@@ -6,7 +6,6 @@ to a coarse step and remembered beside the compile cache.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,12 +120,14 @@ class KVRequest:
 def choose_num_pages(wanted: KVRequest, remembered: int | None) -> int:
     """Pages of the pool, the null page included; never more than all sequences can fill."""
     most = wanted.pages_per_sequence * wanted.max_sequences + 1
-    fits = wanted.budget_bytes // wanted.page_bytes
-    if fits >= most:
-        return most
-    if remembered is not None and abs(remembered - fits) <= _REMEMBERED_SHARE * fits:
+    fits = min(wanted.budget_bytes // wanted.page_bytes, most)
+    if (
+        remembered is not None
+        and remembered <= most
+        and abs(remembered - fits) <= _REMEMBERED_SHARE * fits
+    ):
         return remembered
-    return round_pages(fits)
+    return most if fits == most else round_pages(fits)
 
 
 def cpu_kv_budget(memory: HostMemory) -> int:
@@ -135,17 +136,17 @@ def cpu_kv_budget(memory: HostMemory) -> int:
 
 def context_that_fits(num_pages: int, page_size: int, num_groups: int) -> int:
     """Tokens of one sequence alone in the pool."""
-    return (num_pages - 1) // num_groups * page_size
+    return max(num_pages - 1, 0) // num_groups * page_size
 
 
 def require_room(num_pages: int, needed: int, max_model_len: int, longest: int) -> None:
     """Raise MemoryPlanError unless one sequence of max_model_len fits the pool."""
     if num_pages - 1 >= needed:
         return
+    lower = f"set max_model_len to at most {longest}, or " if longest else ""
     raise MemoryPlanError(
         f"one sequence of max_model_len = {max_model_len} tokens needs {needed} KV pages and "
-        f"{max(num_pages - 1, 0)} "
-        f"fit; set max_model_len to at most {longest}, or raise kv_cache_memory_bytes"
+        f"{max(num_pages - 1, 0)} fit; {lower}raise kv_cache_memory_bytes"
     )
 
 
@@ -185,7 +186,7 @@ def check_total(plan: MemoryPlan) -> None:
     missing = plan.used - plan.limit
     spare_for_kv = plan.kv - missing
     if spare_for_kv > 0:
-        way_out = f"set kv_cache_memory_bytes to at most {math.floor(spare_for_kv)}"
+        way_out = f"set kv_cache_memory_bytes to at most {spare_for_kv}"
     else:
         way_out = "use a smaller model or a machine with more memory"
     raise MemoryPlanError(

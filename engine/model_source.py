@@ -11,6 +11,8 @@ DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
 
 # Never *.bin, *.pt or *.py: pickle and code are not read.
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "tekken.json", "*.txt"]
+# The same weights again in another layout (Mistral), or for another runtime: gigabytes for nothing.
+_IGNORED = ["consolidated*", "original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -33,11 +35,12 @@ def find_model(
     """
     if name is None:
         return ModelSource("quire-demo", DEMO_FOLDER)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return ModelSource(name, path)
+    # os.path, unlike Path, takes any text: too long for a name, or the home of nobody.
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return ModelSource(name, Path(path))
     if name.startswith((".", "/", "~")):
-        kind = "is a file" if path.exists() else "does not exist"
+        kind = "is a file" if os.path.exists(path) else "does not exist"
         raise ModelError(f"the model path {name!r} {kind}; give the folder that holds config.json")
     hub_id, _, at = name.partition("@")
     if not _HUB_ID.fullmatch(hub_id):
@@ -62,8 +65,16 @@ def _from_hub(hub_id: str, revision: str | None, download_dir: str | None) -> Mo
     command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
     try:
         folder = huggingface_hub.snapshot_download(
-            hub_id, revision=revision, cache_dir=download_dir, allow_patterns=_PATTERNS
+            hub_id,
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=_PATTERNS,
+            ignore_patterns=_IGNORED,
         )
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"the model {hub_id!r} is gated; accept its terms on its page and set HF_TOKEN"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
             f"the hub has no model {hub_id!r}, or it is private; check the name, or set HF_TOKEN"

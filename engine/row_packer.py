@@ -7,7 +7,6 @@ import numpy as np
 from ..layers import rows
 from .request import Request
 
-
 _TINY = float(np.finfo(np.float32).tiny)
 
 

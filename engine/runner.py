@@ -135,17 +135,16 @@ class Runner:
         """Write whole rows: packed i32[ROWS_PER_UPDATE, NUM_COLUMNS], or one and its tables."""
         if tables is None:
             run = self._program("update_rows")
-            self._rows, self._lengths = run(self._rows, self._lengths, packed)
+            self._rows, self._lengths = run(self._rows, self._lengths, _private(packed))
         else:
             run = self._program("update_row_tables")
-            self._rows, self._lengths = run(self._rows, self._lengths, packed, tables)
+            arguments = _private(packed), jax.tree.map(_private, tables)
+            self._rows, self._lengths = run(self._rows, self._lengths, *arguments)
 
     def forward(self, packed: np.ndarray, tokens: int) -> Hidden:
-        """Run one packed step. The array must never be written again: on CPU the step reads it in
-        place.
-        """
+        """Run one packed step."""
         run = self._program(f"forward[{tokens}]")
-        made = run(self._weights, self._kv, self._lengths, self._rows.last_token, packed)
+        made = run(self._weights, self._kv, self._lengths, self._rows.last_token, _private(packed))
         hidden: Hidden = made[0]
         self._kv, self._lengths = made[1:]
         return hidden
@@ -158,7 +157,7 @@ class Runner:
         """
         num_rows = hidden.slots.shape[0]
         run = self._program(_sample_name(num_rows, variant))
-        mask = self._open_masks[num_rows] if step_mask is None else step_mask
+        mask = self._open_masks[num_rows] if step_mask is None else _private(step_mask)
         made = run(self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags, mask)
         sampled: Sampled = made[0]
         self._rows = made[1]
@@ -171,7 +170,7 @@ class Runner:
         rows for Hidden.rows, SCORE_ROWS for Hidden.tokens.
         """
         run = self._program(f"score[{hidden.shape[0]},{targets.shape[0]}]")
-        scores: TokenLogprobs = run(self._weights, hidden, np.int32(first), targets)
+        scores: TokenLogprobs = run(self._weights, hidden, np.int32(first), _private(targets))
         return scores
 
     # Lowering
@@ -291,6 +290,11 @@ class Runner:
 
     def _hidden(self, count: int) -> Any:
         return self._abstract((count, self.programs.model.hidden_size), jnp.float32)
+
+
+def _private(array: Any) -> Any:
+    """A copy of a host array that nobody else can write: on CPU a running program reads it in place."""
+    return array.copy() if isinstance(array, np.ndarray) else array
 
 
 def _sample_name(num_rows: int, variant: Variant) -> str:

@@ -58,13 +58,14 @@ def translate(keywords: dict[str, Any]) -> dict[str, Any]:
     """
     known = set(option_names())
     kept: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     idle = []
     for name, value in keywords.items():
         target = RENAMED.get(name, name)
         if target in known:
             if target in kept:
-                raise ConfigError(f"{name} and {target} are the same option; give one of them")
-            kept[target] = value
+                raise ConfigError(f"{spelled[target]} and {name} are the same option; give one")
+            kept[target], spelled[target] = value, name
         elif name in WITHOUT_EFFECT:
             idle.append(f"{name} ({WITHOUT_EFFECT[name]})")
         elif name in REFUSED:

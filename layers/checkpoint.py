@@ -6,6 +6,7 @@ and refuses if either has any. Never reads pickle.
 """
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Callable, Iterable
@@ -77,14 +78,19 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """A view of the file's bytes; copy it before keeping it. Raises CheckpointError."""
         stored = self._tensors[name]
+        dtype = self.dtype(name)
+        data = memoryview(self._maps[stored.path])[stored.start : stored.end]
+        return np.frombuffer(data, dtype).reshape(stored.shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Raises CheckpointError unless the tensor is a plain array of floats."""
+        stored = self._tensors[name]
         if stored.dtype not in _DTYPE_BY_NAME:
             raise CheckpointError(
                 f"{stored.path}: tensor {name!r} has dtype {stored.dtype}, and unquantized weights "
-                "are "
-                f"{', '.join(_DTYPE_BY_NAME)}; use an unquantized checkpoint"
+                f"are {', '.join(_DTYPE_BY_NAME)}; use an unquantized checkpoint"
             )
-        data = memoryview(self._maps[stored.path])[stored.start : stored.end]
-        return np.frombuffer(data, _DTYPE_BY_NAME[stored.dtype]).reshape(stored.shape)
+        return _DTYPE_BY_NAME[stored.dtype]
 
     def _read_header(self, path: Path) -> Iterable[tuple[str, StoredTensor]]:
         total = path.stat().st_size
@@ -102,30 +108,57 @@ class Checkpoint:
                 f"{path} says its header has {length} bytes but the file has {total}; {again}"
             )
         try:
-            header = json.loads(mapped[8 : 8 + length])
-            entries = [
-                (name, e["dtype"], tuple(e["shape"]), *e["data_offsets"])
-                for name, e in header.items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            header = json.loads(mapped[8 : 8 + length], object_pairs_hook=_without_duplicates)
+            header.pop("__metadata__", None)
+            tensors = {name: _parse(path, entry, 8 + length) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} has an unreadable header ({type(error).__name__}: {error}); {again}"
             ) from error
-        for name, dtype, shape, start, end in entries:
-            start, end = start + 8 + length, end + 8 + length
-            size = _DTYPE_BY_NAME[dtype].itemsize if dtype in _DTYPE_BY_NAME else None
-            if not 8 + length <= start <= end <= total:
+        # The format leaves no holes: each tensor starts where the one before it ends.
+        expected = 8 + length
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+            if tensor.end > total:
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} ends at byte {end} but the file has {total}; {again}"
+                    f"{path}: tensor {name!r} ends at byte {tensor.end} but the file has {total}; "
+                    f"{again}"
                 )
-            if size is not None and end - start != int(np.prod(shape, dtype=np.int64)) * size:
+            if tensor.start != expected:
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} of shape {list(shape)} does not fill its "
-                    f"{end - start} "
-                    f"bytes; {again}"
+                    f"{path}: tensor {name!r} starts at byte {tensor.start} and the one before it "
+                    f"ends at {expected}; {again}"
                 )
-            yield name, StoredTensor(path, dtype, shape, start, end)
+            expected = tensor.end
+            size = _DTYPE_BY_NAME[tensor.dtype].itemsize if tensor.dtype in _DTYPE_BY_NAME else None
+            num_bytes = tensor.end - tensor.start
+            if size is not None and num_bytes != math.prod(tensor.shape) * size:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} of shape {list(tensor.shape)} does not fill its "
+                    f"{num_bytes} bytes; {again}"
+                )
+        if expected != total:
+            raise CheckpointError(
+                f"{path}: the tensors end at byte {expected} but the file has {total}; {again}"
+            )
+        return tensors.items()
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name is there twice")
+    return made
+
+
+def _parse(path: Path, entry: dict[str, Any], offset: int) -> StoredTensor:
+    """One header entry; its byte range counts from `offset`. Raises ValueError and the like."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    start, end = entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise TypeError(f"an entry has dtype {dtype!r} and shape {shape!r}")
+    if any(type(n) is not int or n < 0 for n in (*shape, start, end)) or end < start:
+        raise ValueError(f"an entry has shape {shape} and bytes {start} to {end}")
+    return StoredTensor(path, dtype, tuple(shape), offset + start, offset + end)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -133,21 +166,24 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            paths = {name: folder / name for name in sorted(set(weight_map.values()))}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{index} is not a readable index ({error}); download it again"
+                f"{index} is not a readable index ({type(error).__name__}: {error}); download it "
+                "again"
             ) from error
-        paths = [folder / name for name in names]
-        lost = [p.name for p in paths if not p.is_file() or p.parent.resolve() != folder.resolve()]
+        lost = [
+            name
+            for name, path in paths.items()
+            if not path.is_file() or path.parent.resolve() != folder.resolve()
+        ]
         if lost:
             raise CheckpointError(
                 f"{index.name} names files that are not in {folder}: {', '.join(lost[:_LISTED])}; "
                 "download them as well"
             )
-        return paths
+        return list(paths.values())
     found = sorted(folder.glob("*.safetensors"))
     if (folder / "model.safetensors") in found:
         return [folder / "model.safetensors"]
@@ -157,8 +193,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickled:
         raise CheckpointError(
             f"{folder} has only pickle weights ({', '.join(pickled[:3])}), which can run code when "
-            "read and "
-            "are never opened; convert them with transformers: "
+            "read and are never opened; convert them with transformers: "
             "model.save_pretrained(folder, safe_serialization=True)"
         )
     raise CheckpointError(f"{folder} has no *.safetensors file; a model folder needs its weights")
@@ -204,6 +239,8 @@ def check_names(checkpoint: Checkpoint, params: Any, is_unused: Callable[[str], 
         s.tensor: (s.rows, *param.shape[1:]) for param in param_leaves(params) for s in param.slices
     }
     there = checkpoint.names()
+    for name in sorted(wanted.keys() & there):
+        checkpoint.dtype(name)  # a quantized tensor is refused before anything is compiled
     missing = sorted(wanted.keys() - there)
     unexpected = sorted(n for n in there - wanted.keys() if not is_unused(n))
     misshapen = [
@@ -234,13 +271,12 @@ def dummy_weights(params: Any, weight_format: Plain, mesh: Mesh, seed: int) -> A
     value, the rest normal(0, 0.02).
     """
     index = {id(param): i for i, param in enumerate(param_leaves(params))}
+    key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
     def make(param: Param) -> Any:
         sharding = NamedSharding(mesh, partition(param.axes))
         build = _constant if param.fill is not None else _normal
-        array = build(
-            seed, index[id(param)], param.shape, weight_format.dtype, sharding, param.fill
-        )
+        array = build(key, index[id(param)], param.shape, weight_format.dtype, sharding, param.fill)
         return weight_format.wrap(param, array)
 
     return map_params(make, params)
@@ -249,15 +285,21 @@ def dummy_weights(params: Any, weight_format: Plain, mesh: Mesh, seed: int) -> A
 # Jitted over the static shape, so a model compiles one program per distinct shape, not per weight.
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _normal(
-    seed: int, index: int, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, _: None
+    key: jax.Array,  # u32[2]
+    index: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: NamedSharding,
+    _: None,
 ) -> jax.Array:
-    noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape) * 0.02
+    noise = jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(key), index), shape)
+    noise = noise * 0.02
     return jax.lax.with_sharding_constraint(noise.astype(dtype), sharding)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _constant(
-    seed: int,
+    key: jax.Array,
     index: int,
     shape: tuple[int, ...],
     dtype: np.dtype,

@@ -21,6 +21,7 @@ BLOCK = 128  # sums and maxima over the vocabulary go in two levels of this widt
 TOP = 64  # filters look at this many of the highest logits before they sort the vocabulary
 
 _MASKED = -jnp.inf
+_MAX_COUNT = 2**15 - 1
 
 
 class Sampled(NamedTuple):
@@ -77,7 +78,8 @@ def sample(
     adjusted = lax.cond(
         flags[FLAG_PENALTIES] > 0, lambda x: _penalize(x, state, at), lambda x: x, adjusted
     )
-    is_bad |= adjusted.max(-1) == _MASKED
+    # Nothing is allowed (-inf), or bias and penalties left the range of f32.
+    is_bad |= ~jnp.isfinite(adjusted.max(-1))
     temperature = state.temperature[at]
     is_greedy = temperature == 0
     # From the highest down: a tiny temperature sends the others to -inf and nothing to NaN.
@@ -97,11 +99,13 @@ def sample(
         scaled,
     )
     token = jnp.where(is_greedy, argmax(adjusted), drawn)
+    # Counts stop at the end of i16 instead of turning negative.
+    count = state.counts.at[slots, token].get(mode="fill", fill_value=0)
     new_state = replace(
         state,
         last_token=state.last_token.at[slots].set(token, mode="drop"),
         num_output=state.num_output.at[slots].add(1, mode="drop"),
-        counts=state.counts.at[slots, token].add(1, mode="drop"),
+        counts=state.counts.at[slots, token].set(count + (count < _MAX_COUNT), mode="drop"),
     )
     return Sampled(jnp.stack([token, is_bad.astype(jnp.int32)]), token), new_state
 
@@ -143,16 +147,16 @@ def draw(x: jax.Array, threshold: jax.Array, uniform: jax.Array) -> jax.Array:
     highest = x.max(-1, keepdims=True)
     weights = jnp.where(x >= threshold[:, None], jnp.exp(x - highest), 0.0)
     blocks = _blocks(weights, 0.0)
-    ends = jnp.cumsum(blocks.sum(-1), axis=-1)  # [rows, blocks]
+    sums = blocks.sum(-1)  # [rows, blocks]
+    ends = jnp.cumsum(sums, axis=-1)
     target = uniform * ends[:, -1]
-    # The first block, and in it the first token, whose running sum exceeds the target. Rounding may
-    # leave none: then the last one with any weight is meant.
-    block = _first_above(ends, target)
+    block = _first_above(ends, target, sums)
     before = jnp.where(
         block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0
     )
-    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    return (block * BLOCK + _first_above(inside, target - before)).astype(jnp.int32)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [rows, BLOCK]
+    token = _first_above(jnp.cumsum(inside, axis=-1), target - before, inside)
+    return (block * BLOCK + token).astype(jnp.int32)
 
 
 def filter_threshold(
@@ -164,45 +168,42 @@ def filter_threshold(
     """The lowest logit that min-p, top-k and top-p (each over what the former left) keep."""
     vocab = x.shape[-1]
     highest = x.max(-1)
-    total = jnp.exp(x - highest[:, None]).sum(-1)
     floor = highest + jnp.log(min_p)  # -inf if off
-    if vocab <= TOP:
-        return _threshold(jnp.sort(x, descending=True), total, top_k, top_p, floor)
-    near = lax.top_k(x, TOP)[0]
-    all_inside = (top_k <= TOP) | (near[:, -1] < floor)
-    is_unfiltered = (top_k >= vocab) & (min_p == 0)
-    mass_inside = jnp.exp(near - highest[:, None]).sum(-1) >= top_p * total
-    # min-p alone needs no sorting at all.
-    only_floor = (top_k >= vocab) & (top_p >= 1)
-    is_inside = all_inside | (is_unfiltered & mass_inside) | only_floor
-    by_near = jnp.where(only_floor, floor, _threshold(near, total, top_k, top_p, floor))
+    near = lax.top_k(x, min(TOP, vocab))[0]
+    by_near, mass_short = _threshold(near, x, top_k, top_p, floor)
+    # Is the k-th highest logit among these, or below the floor anyway? Is all the mass that top-p
+    # wants?
+    is_cut_known = (top_k <= TOP) | (top_k >= vocab) | (near[:, -1] < floor)
+    is_inside = is_cut_known & ~mass_short
     by_sort = lax.cond(
         is_inside.all(),
         lambda: by_near,
-        lambda: _threshold(jnp.sort(x, descending=True), total, top_k, top_p, floor),
+        lambda: _threshold(jnp.sort(x, descending=True), x, top_k, top_p, floor)[0],
     )
     return jnp.where(is_inside, by_near, by_sort)
 
 
 def _threshold(
-    ordered: jax.Array,  # f32[rows, n], the n highest, descending
-    total: jax.Array,  # f32[rows], sum of exp(x - highest) over the vocabulary
+    ordered: jax.Array,  # f32[rows, n], the n highest of x, descending
+    x: jax.Array,  # f32[rows, vocab]
     top_k: jax.Array,
     top_p: jax.Array,
     floor: jax.Array,
-) -> jax.Array:
-    rank = jnp.arange(ordered.shape[-1])
+) -> tuple[jax.Array, jax.Array]:  # f32[rows], bool[rows]
+    """The threshold, if the k-th highest is in `ordered`; and whether top-p wants more than is."""
     kth = jnp.take_along_axis(ordered, jnp.clip(top_k - 1, 0, ordered.shape[-1] - 1)[:, None], 1)
-    is_left = (ordered >= floor[:, None]) & ((rank < top_k[:, None]) | (ordered >= kth))
-    weights = jnp.where(is_left, jnp.exp(ordered - ordered[:, :1]), 0.0)
-    is_cut = ~is_left.all(-1)
-    mass = jnp.where(is_cut, weights.sum(-1), total)
-    before = jnp.cumsum(weights, axis=-1) - weights
-    # The first token is always kept; another one while what came before it is short of top_p. At 1
-    # the rounding of the sum must not cut the tail.
-    is_kept = is_left & ((before < (top_p * mass)[:, None]) | (top_p >= 1)[:, None] | (rank == 0))
-    lowest = jnp.where(is_kept, ordered, jnp.inf).min(-1)
-    return jnp.where(is_kept.all(-1) & (top_p >= 1) & ~is_cut, _MASKED, lowest)
+    # What min-p and top-k leave: with every tie of the last one, also those past `ordered`.
+    cut = jnp.maximum(floor, jnp.where(top_k < x.shape[-1], kth[:, 0], _MASKED))[:, None]
+    highest = ordered[:, :1]
+    wanted = top_p * jnp.where(x >= cut, jnp.exp(x - highest), 0.0).sum(-1)
+    weights = jnp.where(ordered >= cut, jnp.exp(ordered - highest), 0.0)
+    ends = jnp.cumsum(weights, axis=-1)
+    # The first token is always kept; another one while what came before it is short of top_p.
+    is_kept = (ends - weights < wanted[:, None]) | (jnp.arange(ordered.shape[-1]) == 0)
+    lowest = jnp.maximum(jnp.where(is_kept, ordered, jnp.inf).min(-1, keepdims=True), cut)[:, 0]
+    # At 1 the rounding of the sums must not cut the tail.
+    is_off = top_p >= 1
+    return jnp.where(is_off, cut[:, 0], lowest), ~is_off & (ends[:, -1] < wanted)
 
 
 def _mask_and_bias(x: jax.Array, state: RowState, at: jax.Array, step_mask: jax.Array) -> jax.Array:
@@ -244,11 +245,14 @@ def _blocks(x: jax.Array, fill: float) -> jax.Array:
     return x.reshape(x.shape[0], -1, BLOCK)
 
 
-def _first_above(sums: jax.Array, target: jax.Array) -> jax.Array:
-    """i32[rows]: first index whose running sum exceeds target, else the last index at which the sum
-    grew.
+def _first_above(sums: jax.Array, target: jax.Array, parts: jax.Array) -> jax.Array:
+    """i32[rows]: first index with a part whose running sum exceeds target, else the last index with
+    a part.
+
+    Running sums round: two that should be equal may differ, so an empty part is passed over by
+    name, and all of them may stay below the target.
     """
-    above = sums > target[:, None]
-    grew = jnp.diff(sums, axis=-1, prepend=0.0) > 0
-    last = sums.shape[-1] - 1 - jnp.argmax(grew[:, ::-1], axis=-1)
+    has_part = parts > 0
+    above = (sums > target[:, None]) & has_part
+    last = sums.shape[-1] - 1 - jnp.argmax(has_part[:, ::-1], axis=-1)
     return jnp.where(above.any(-1), jnp.argmax(above, axis=-1), last).astype(jnp.int32)

@@ -6,7 +6,7 @@ cannot rot. Axis words: tokens, rows, heads, kv_heads, head_dim, value_dim, page
 (pages a row may hold), items.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +56,15 @@ class AttentionBatch:
     item_count: jax.Array  # i32[items], tokens
 
 
+# The axis of each array of the batch; page_table has its own rule.
+_SHAPE_BY_FIELD = {
+    "attend_from": "tokens", "attend_to": "tokens", "token_row": "tokens",
+    "write_page": "tokens", "write_offset": "tokens", "page_table": None,
+    "num_single": "", "num_items": "",
+    "item_row": "items", "item_first": "items", "item_count": "items",
+}  # fmt: skip
+
+
 class ContractError(TypeError):
     """An op was called with arrays that break its contract; always a bug of the caller's code."""
 
@@ -75,6 +84,10 @@ def check_paged_attention(
     sinks: jax.Array | None,  # f32[heads]
 ) -> None:
     """Raise ContractError, naming the rule and both shapes, unless the arguments fit together."""
+    _require(q.ndim == 3, f"q must be [tokens, heads, head_dim], got {q.shape}")
+    _require(
+        kv.k.ndim == 4, f"k pages must be [pages, kv_heads, page_size, head_dim], got {kv.k.shape}"
+    )
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, cache_dim = kv.k.shape
     _require(heads % kv_heads == 0, f"heads must be a multiple of kv_heads: {heads}, {kv_heads}")
@@ -97,16 +110,21 @@ def check_paged_attention(
             f"v_new must be [tokens, kv_heads, value_dim] = {want}, got {v_new.shape}",
         )
         _require(
-            kv.v.shape[:3] == kv.k.shape[:3], f"k and v pages differ: {kv.k.shape}, {kv.v.shape}"
+            kv.v.shape[:3] == kv.k.shape[:3] and kv.v.dtype == kv.k.dtype,
+            f"k and v pages differ: {kv.k.dtype}{kv.k.shape}, {kv.v.dtype}{kv.v.shape}",
         )
     if sinks is not None:
         _require(sinks.shape == (heads,), f"sinks must be [heads] = ({heads},), got {sinks.shape}")
-    for name in ("attend_from", "attend_to", "token_row", "write_page", "write_offset"):
-        array = getattr(batch, name)
-        _require(array.shape == (tokens,), f"{name} must be i32[{tokens}], got {array.shape}")
-        _require(array.dtype == jnp.int32, f"{name} must be i32, got {array.dtype}")
     _require(
         batch.page_table.ndim == 2,
         f"page_table must be [rows, width], got {batch.page_table.shape}",
     )
+    items = batch.item_row.shape[:1]
+    for array_field in fields(batch):
+        name = array_field.name
+        array, want = getattr(batch, name), _SHAPE_BY_FIELD[name]
+        if want is not None:
+            shape = {"tokens": (tokens,), "items": items, "": ()}[want]
+            _require(array.shape == shape, f"{name} must be i32{list(shape)}, got {array.shape}")
+        _require(array.dtype == jnp.int32, f"{name} must be i32, got {array.dtype}")
     _require(page_size > 0 and kv.k.shape[0] > 1, "the cache needs the null page and one more")

@@ -19,12 +19,22 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options | {"allow_abbrev": False})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left here, where the flags of the verb are known; a verb's leftovers would
+        be reported by the parser above it.
+        """
+        parsed, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return parsed, left
+
     def error(self, message: str) -> NoReturn:
         _, _, rest = message.partition("unrecognized arguments: ")
         if rest:
             flag = rest.split()[0].partition("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+            kind = "unknown flag" if flag.startswith("-") else "unexpected argument"
+            message = f"{kind} {flag}" + (f"; did you mean {near[0]}?" if near else "")
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 

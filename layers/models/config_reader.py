@@ -8,6 +8,7 @@ harmless.
 
 import difflib
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,46 +20,76 @@ _GENERATION = "generation default; read from generation_config.json or the token
 _LABEL = "classification heads only"
 _OUTPUT = "selects what transformers returns"
 _ORIGIN = "says where the file came from"
+_KERNEL = "selects a kernel of transformers"
 _CODE = "names remote code, which is never run; architectures are built in"
 
 # key -> why it cannot change the logits
 IRRELEVANT = {
-    "_attn_implementation_autoset": _OUTPUT,
+    "_attn_implementation": _KERNEL,
+    "_attn_implementation_autoset": _KERNEL,
+    "_flash_attn_2_enabled": _KERNEL,
     "_name_or_path": _ORIGIN,
     "architectures": "model_type decides",
     "attention_dropout": _TRAINING,
+    "attn_implementation": _KERNEL,
     "auto_map": _CODE,
+    "bad_words_ids": _GENERATION,
     "begin_suppress_tokens": _GENERATION,
     "bos_token_id": _GENERATION,
+    "cross_attention_hidden_size": "cross attention only",
     "decoder_start_token_id": _GENERATION,
+    "diversity_penalty": _GENERATION,
+    "do_sample": _GENERATION,
+    "early_stopping": _GENERATION,
+    "encoder_no_repeat_ngram_size": _GENERATION,
     "eos_token_id": _GENERATION,
     "exponential_decay_length_penalty": _GENERATION,
     "finetuning_task": _ORIGIN,
     "forced_bos_token_id": _GENERATION,
     "forced_eos_token_id": _GENERATION,
+    "gradient_checkpointing": _TRAINING,
     "hidden_dropout": _TRAINING,
     "id2label": _LABEL,
     "initializer_range": _TRAINING,
     "label2id": _LABEL,
+    "length_penalty": _GENERATION,
+    "max_length": _GENERATION,
+    "max_sequence_length": "max_position_embeddings decides",  # first Llama conversions
     "max_window_layers": "read only with a sliding window",
+    "min_length": _GENERATION,
+    "model_max_length": "the tokenizer's limit; max_position_embeddings decides",
+    "no_repeat_ngram_size": _GENERATION,
+    "num_beam_groups": _GENERATION,
+    "num_beams": _GENERATION,
     "num_labels": _LABEL,
+    "num_return_sequences": _GENERATION,
     "output_attentions": _OUTPUT,
     "output_hidden_states": _OUTPUT,
+    "output_scores": _OUTPUT,
     "pad_token_id": _GENERATION,
     "prefix": _GENERATION,
     "pretraining_tp": "splits matrix products without changing their sum",
     "problem_type": _LABEL,
+    "remove_invalid_values": _GENERATION,
+    "repetition_penalty": _GENERATION,
     "resid_pdrop": _TRAINING,
     "return_dict": _OUTPUT,
     "return_dict_in_generate": _OUTPUT,
     "sep_token_id": _GENERATION,
     "suppress_tokens": _GENERATION,
     "task_specific_params": _GENERATION,
+    "temperature": _GENERATION,
+    "tf_legacy_loss": _TRAINING,
     "tokenizer_class": "the tokenizer's files decide",
+    "top_k": _GENERATION,
+    "top_p": _GENERATION,
     "torchscript": _OUTPUT,
+    "transformers.js_config": "settings of another runtime",
     "transformers_version": _ORIGIN,
+    "typical_p": _GENERATION,
     "unsloth_fixed": _ORIGIN,
     "unsloth_version": _ORIGIN,
+    "use_bfloat16": _TRAINING,
     "use_cache": "quire always caches",
 }
 
@@ -72,7 +103,10 @@ HARMLESS_AT: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False, None),  # files of Qwen2.5 and of distilled Qwen2
 }
+# key -> what to do about it, where ignoring it is no way out
+REFUSED = {"quantization_config": "quantized checkpoints are not implemented yet; take another one"}
 
 _ROPE_KEYS = {
     "default": (),
@@ -85,6 +119,9 @@ _ROPE_KEYS = {
     ),
 }  # fmt: skip
 _ROPE_NEEDED = {"linear": ("factor",), "llama3": _ROPE_KEYS["llama3"]}
+# Keys of some rope type; published files carry them beside the default type, where nobody reads
+# them.
+_ANY_ROPE_KEY = {key for keys in _ROPE_KEYS.values() for key in keys}
 
 
 class ConfigError(ValueError):
@@ -92,6 +129,19 @@ class ConfigError(ValueError):
 
 
 _MISSING = object()
+_WORDS = {
+    int: "a whole number", float: "a number", str: "text", bool: "true or false",
+    list: "a list", dict: "an object",
+}  # fmt: skip
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a JSON value is of a kind; a whole number is a number too, NaN is not one."""
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 class ConfigReader:
@@ -129,12 +179,15 @@ class ConfigReader:
         value = self._keys.get(key)
         if value is None:
             if default is _MISSING:
-                raise ConfigError(f"{self._source} has no {key!r}, which this model_type needs")
+                raise ConfigError(f"{self._source} has no {key!r}, which every such model needs")
             return default
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        if not fits or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{self._source}: {key} must be {kind.__name__}, got {value!r}")
+        if not _is_a(value, kind):
+            raise ConfigError(f"{self._source}: {key} must be {_WORDS[kind]}, got {value!r}")
         return kind(value)
+
+    def has(self, key: str) -> bool:
+        """Whether the file has the key, be it null."""
+        return key in self._keys
 
     def take_positive(self, key: str, default: Any = _MISSING) -> int:
         value = self.take(key, int, default)
@@ -153,7 +206,7 @@ class ConfigReader:
         """The kind of each layer, where the file says it."""
         types: list[str] | None = self.take("layer_types", list, None)
         known = ("full_attention", "sliding_attention")
-        if types is not None and (len(types) != num_layers or not set(types) <= set(known)):
+        if types is not None and (len(types) != num_layers or any(t not in known for t in types)):
             raise ConfigError(
                 f"{self._source}: layer_types must list {num_layers} layers, each "
                 f"{' or '.join(known)}; "
@@ -175,12 +228,19 @@ class ConfigReader:
         """The rope, from rope_theta + rope_scaling (older files) or rope_parameters (newer)."""
         old = self.take("rope_scaling", dict, {})
         new = self.take("rope_parameters", dict, {})
+        where = f"{self._source}: {'rope_parameters' if new else 'rope_scaling'}"
+        if old and new and old != new:
+            raise ConfigError(
+                f"{self._source}: rope_scaling and rope_parameters differ; remove the wrong one"
+            )
         options = dict(new or old)
-        theta = options.pop("rope_theta", None) or self.take("rope_theta", float, default_theta)
-        self._taken.add("rope_theta")
+        theta = self.take("rope_theta", float, default_theta)
+        inner = options.pop("rope_theta", None)
+        theta = theta if inner is None else inner
+        if not _is_a(theta, float) or theta <= 0:
+            raise ConfigError(f"{where}: rope_theta must be a positive number, got {theta!r}")
         legacy = options.pop("type", None)
         rope_type = options.pop("rope_type", legacy) or "default"
-        where = f"{self._source}: {'rope_parameters' if new else 'rope_scaling'}"
         if rope_type not in rope_types():
             raise ConfigError(
                 f"{where}: rope type {rope_type!r} is not implemented; quire runs "
@@ -190,24 +250,40 @@ class ConfigReader:
             raise ConfigError(
                 f"{where}: partial_rotary_factor other than 1 is not implemented here"
             )
-        unknown = set(options) - set(_ROPE_KEYS[rope_type]) - self._ignored
-        # Files carry keys of other rope types, as null or beside the default type.
-        unknown = {k for k in unknown if options[k] is not None and rope_type != "default"}
-        if unknown:
-            raise ConfigError(
-                f"{where}: unknown keys for rope type {rope_type!r}: {', '.join(sorted(unknown))}"
-            )
-        for key in _ROPE_NEEDED.get(rope_type, ()):
-            value = options.get(key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise ConfigError(
-                    f"{where}: rope type {rope_type!r} needs a positive {key}, got {value!r}"
-                )
-        kept = {k: v for k, v in options.items() if k in _ROPE_KEYS[rope_type]}
+        kept = self._rope_options(rope_type, options, where)
         max_position = self.take_positive("max_position_embeddings")
         return RopeConfig(
             rope_type, float(theta), head_dim, max_position, tuple(sorted(kept.items()))
         )
+
+    def _rope_options(
+        self, rope_type: str, options: dict[str, Any], where: str
+    ) -> dict[str, float | bool]:
+        """The options of a rope type that are there, each checked."""
+        unknown = set(options) - set(_ROPE_KEYS[rope_type]) - self._ignored
+        harmless = _ANY_ROPE_KEY if rope_type == "default" else ()
+        unknown = {k for k in unknown if options[k] is not None and k not in harmless}
+        if unknown:
+            raise ConfigError(
+                f"{where}: unknown keys for rope type {rope_type!r}: {', '.join(sorted(unknown))}"
+            )
+        kept = {k: v for k in _ROPE_KEYS[rope_type] if (v := options.get(k)) is not None}
+        for key in sorted({*kept, *_ROPE_NEEDED.get(rope_type, ())} - {"truncate"}):
+            value = kept.get(key)
+            # transformers takes a zero of these as not given
+            is_given = value != 0 or key not in (
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+            )
+            if not _is_a(value, float) or (is_given and value <= 0):
+                raise ConfigError(
+                    f"{where}: rope type {rope_type!r} needs a positive {key}, got {value!r}"
+                )
+        if not isinstance(kept.get("truncate", True), bool):
+            raise ConfigError(f"{where}: truncate must be true or false, got {kept['truncate']!r}")
+        return kept
 
     def finish(self) -> None:
         """Raise ConfigError naming every key that nobody accounts for."""
@@ -222,6 +298,8 @@ class ConfigReader:
         }
         if not left:
             return
+        for key in left.keys() & REFUSED.keys():
+            raise ConfigError(f"{self._source} has {key}: {REFUSED[key]}")
         listed = ", ".join(f"{k} = {json.dumps(v)[:60]}" for k, v in sorted(left.items()))
         near = {k: difflib.get_close_matches(k, self._taken, 1) for k in left}
         hints = "".join(f"; is {k} meant to be {m[0]}?" for k, m in sorted(near.items()) if m)

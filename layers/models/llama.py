@@ -21,7 +21,7 @@ from ..mlp import GatedMlp, gated_mlp
 from ..norm import rms_norm
 from ..param import Kind, Param, Slice, fused_param, linear_param, vector_param
 from ..rope import Rope, RopeConfig, build_rope, rotary_tables
-from .config_reader import ConfigReader
+from .config_reader import ConfigError, ConfigReader
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,36 @@ def read_config(reader: ConfigReader) -> DecoderSpec:
     )
 
 
-def read_common(reader: ConfigReader, heads: int, head_dim: int) -> dict[str, Any]:
-    """The keys that this family shares."""
-    reader.require("hidden_act", ("silu",), "silu")
+def read_common(
+    reader: ConfigReader, heads: int, head_dim: int, *, kv_heads_if_absent: int | None = None
+) -> dict[str, Any]:
+    """The keys that this family shares. A null num_key_value_heads means as many as heads; an
+    absent one too, or what the family assumes.
+    """
+    reader.require("hidden_act", ("silu", "swish"), "silu")
     return {
         "vocab_size": reader.take_positive("vocab_size"),
         "hidden_size": reader.take_positive("hidden_size"),
         "mlp_size": reader.take_positive("intermediate_size"),
         "num_heads": heads,
-        "num_kv_heads": reader.take_positive("num_key_value_heads", heads),
+        "num_kv_heads": _kv_heads(reader, heads, kv_heads_if_absent or heads),
         "head_dim": head_dim,
         "epsilon": reader.take("rms_norm_eps", float, 1e-6),
         "rope": reader.take_rope(head_dim),
         "tie_embeddings": reader.take("tie_word_embeddings", bool, False),
     }
+
+
+def _kv_heads(reader: ConfigReader, heads: int, absent: int) -> int:
+    count = reader.take_positive("num_key_value_heads", heads)
+    if not reader.has("num_key_value_heads"):
+        count = absent
+    if heads % count:
+        raise ConfigError(
+            f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {count}; "
+            "the config is damaged or of another architecture"
+        )
+    return count
 
 
 class Decoder:

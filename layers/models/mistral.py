@@ -9,7 +9,10 @@ def read_config(reader: ConfigReader) -> DecoderSpec:
     head_dim = reader.take_positive("head_dim", reader.take_positive("hidden_size") // heads)
     # null switches the window off; where the key is absent transformers assumes 4096.
     window = reader.take_window("sliding_window", absent=4096)
+    # Some files of this family say that there are none.
+    reader.require("attention_bias", (False,), False)
+    reader.require("mlp_bias", (False,), False)
     return DecoderSpec(
-        **read_common(reader, heads, head_dim),
+        **read_common(reader, heads, head_dim, kv_heads_if_absent=8),
         windows=(window,) * reader.take_positive("num_hidden_layers"),
     )

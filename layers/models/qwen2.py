@@ -8,9 +8,11 @@ from .llama import DecoderSpec, read_common
 
 def read_config(reader: ConfigReader) -> DecoderSpec:
     heads = reader.take_positive("num_attention_heads")
-    head_dim = reader.take_positive("hidden_size") // heads
+    head_dim = reader.take_positive("head_dim", reader.take_positive("hidden_size") // heads)
     return DecoderSpec(
-        **read_common(reader, heads, head_dim), windows=read_windows(reader), qkv_bias=True
+        **read_common(reader, heads, head_dim, kv_heads_if_absent=32),
+        windows=read_windows(reader),
+        qkv_bias=True,
     )
 
 

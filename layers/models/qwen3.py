@@ -10,7 +10,7 @@ def read_config(reader: ConfigReader) -> DecoderSpec:
     head_dim = reader.take_positive("head_dim", 128)
     bias = reader.take("attention_bias", bool, False)
     return DecoderSpec(
-        **read_common(reader, heads, head_dim),
+        **read_common(reader, heads, head_dim, kv_heads_if_absent=32),
         windows=read_windows(reader),
         qkv_bias=bias,
         out_bias=bias,

@@ -1,0 +1,19 @@
+"""What all tests share: one folder of compiled programs, and small engines on the reference models."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REFERENCE = Path(__file__).parent / "reference"
+
+# Before jax is imported anywhere: workers of one run, and the next run, share what they compile.
+CACHE = Path(tempfile.gettempdir()) / f"quire-tests-{os.geteuid()}"
+os.environ.setdefault("QUIRE_CACHE_DIR", str(CACHE))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"

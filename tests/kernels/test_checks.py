@@ -1,0 +1,139 @@
+"""The contract of paged_attention, rule by rule, and the registry that runs it."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from quire.pallas_kernels import reference
+from quire.pallas_kernels.checks import (
+    AttentionBatch,
+    AttentionSpec,
+    ContractError,
+    KVPages,
+    check_paged_attention,
+)
+from quire.pallas_kernels.registry import Implementation, Ops, choose
+
+TOKENS, ROWS, WIDTH, ITEMS, HEADS = 6, 3, 5, 4, 4
+
+
+def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def whole(*shape: int) -> jax.ShapeDtypeStruct:
+    return array(*shape, dtype=jnp.int32)
+
+
+K = array(9, 2, 16, 8)
+BATCH_FIELDS = {field.name for field in fields(AttentionBatch)}
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """A sound call, some arguments replaced; fields of the batch go by their own names."""
+    batch = AttentionBatch(
+        **dict.fromkeys(
+            ("attend_from", "attend_to", "token_row", "write_page", "write_offset"), whole(TOKENS)
+        ),
+        page_table=whole(ROWS, WIDTH),
+        num_single=whole(),
+        num_items=whole(),
+        **dict.fromkeys(("item_row", "item_first", "item_count"), whole(ITEMS)),
+    )
+    batch = replace(batch, **{k: v for k, v in changes.items() if k in BATCH_FIELDS})
+    sound = {
+        "q": array(TOKENS, HEADS, 8),
+        "k_new": array(TOKENS, 2, 8),
+        "v_new": array(TOKENS, 2, 8),
+        "kv": KVPages(K, K),
+        "batch": batch,
+        "spec": AttentionSpec(1.0),
+        "sinks": None,
+    }
+    return sound | {k: v for k, v in changes.items() if k not in BATCH_FIELDS}
+
+
+LATENT = {"kv": KVPages(K, None), "v_new": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sinks": array(HEADS)},
+        LATENT | {"spec": AttentionSpec(1.0, value_dim=8)},
+        {"kv": KVPages(K, array(9, 2, 16, 4)), "v_new": array(TOKENS, 2, 4)},
+    ],
+)
+def test_a_sound_call_passes(changes: dict[str, Any]):
+    check_paged_attention(**arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": array(6, 32)}, "q must be [tokens, heads, head_dim], got (6, 32)"),
+        ({"q": array(6, 3, 8)}, "heads must be a multiple of kv_heads: 3, 2"),
+        ({"q": array(6, 4, 16)}, "q has head_dim 16, the cache has 8"),
+        (
+            {"k_new": array(5, 2, 8)},
+            "k_new must be [tokens, kv_heads, head_dim] = (6, 2, 8), got (5, 2, 8)",
+        ),
+        ({"v_new": None}, "v_new and the cache's v must both be there or not"),
+        ({"kv": KVPages(K, None)}, "v_new and the cache's v must both be there or not"),
+        (LATENT, "a latent cache needs 0 < value_dim <= 8, got None"),
+        (
+            LATENT | {"spec": AttentionSpec(1.0, value_dim=9)},
+            "a latent cache needs 0 < value_dim <= 8, got 9",
+        ),
+        (
+            {"v_new": array(6, 2, 7)},
+            "v_new must be [tokens, kv_heads, value_dim] = (6, 2, 8), got (6, 2, 7)",
+        ),
+        (
+            {"kv": KVPages(K, array(8, 2, 16, 8))},
+            "k and v pages differ: float32(9, 2, 16, 8), float32(8, 2, 16, 8)",
+        ),
+        (
+            {"kv": KVPages(K, array(9, 2, 16, 8, dtype=jnp.float16))},
+            "k and v pages differ: float32(9, 2, 16, 8), float16(9, 2, 16, 8)",
+        ),
+        (
+            {"kv": KVPages(array(9, 2, 8), K)},
+            "k pages must be [pages, kv_heads, page_size, head_dim], got (9, 2, 8)",
+        ),
+        (
+            {"kv": KVPages(array(1, 2, 16, 8), array(1, 2, 16, 8))},
+            "the cache needs the null page and one more",
+        ),
+        ({"sinks": array(3)}, "sinks must be [heads] = (4,), got (3,)"),
+        ({"attend_to": whole(5)}, "attend_to must be i32[6], got (5,)"),
+        ({"write_page": array(6)}, "write_page must be i32, got float32"),
+        ({"page_table": whole(9)}, "page_table must be [rows, width], got (9,)"),
+        ({"page_table": array(3, 5, dtype=jnp.int16)}, "page_table must be i32, got int16"),
+        ({"item_count": whole(3)}, "item_count must be i32[4], got (3,)"),
+        ({"num_items": whole(1)}, "num_items must be i32[], got (1,)"),
+    ],
+)
+def test_a_broken_contract_is_refused_with_its_rule(changes: dict[str, Any], message: str):
+    with pytest.raises(ContractError) as caught:
+        check_paged_attention(**arguments(**changes))
+    assert str(caught.value) == message
+
+
+def test_dispatch_checks_before_it_runs():
+    ops = Ops(Implementation("never", ("cpu",), lambda *_: pytest.fail("it ran")))
+    with pytest.raises(ContractError, match="heads must be a multiple"):
+        ops.paged_attention(**arguments(q=array(6, 3, 8)))
+
+
+def test_choose_takes_the_first_that_fits_and_names_the_rest():
+    assert choose("cpu").names() == {"paged_attention": "jnp"}
+    assert choose("cuda", attention="reference").attention.run is reference.paged_attention
+    message = (
+        r"no paged_attention named 'fast' for 'cpu'; there are jnp \(cpu/cuda\), reference \(cpu/"
+    )
+    with pytest.raises(LookupError, match=message):
+        choose("cpu", attention="fast")

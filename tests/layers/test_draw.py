@@ -1,0 +1,143 @@
+"""The parts of sampling that need no batch of requests: argmax, draw, the uniform, logprobs."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quire.layers import sampling
+from scipy.stats import chisquare
+
+SEEDS = st.integers(0, 2**32 - 1)
+FEW = settings(max_examples=25, deadline=None)
+ROWS = 64
+NO_THRESHOLD = np.full(ROWS, -np.inf, np.float32)
+
+
+@cache
+def compiled(name: str, *static: int) -> Any:
+    return jax.jit(getattr(sampling, name), static_argnums=static)
+
+
+def logits(rng: np.random.Generator, vocab: int) -> np.ndarray:
+    x = rng.normal(0, 3, (ROWS, vocab)).astype(np.float32)
+    x[rng.random((ROWS, vocab)) < 0.5] = -np.inf
+    x[:, rng.integers(vocab)] = 0.0  # never all masked
+    return x
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 128, 129, 1000])
+def test_argmax_takes_the_lowest_of_equal_ids(vocab: int):
+    x = np.random.default_rng(vocab).integers(0, 3, (ROWS, vocab)).astype(np.float32)
+    x[0] = -np.inf  # nothing is left: still an id of the vocabulary
+    got = compiled("argmax")(x)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, np.argmax(x, -1))
+
+
+@pytest.mark.parametrize("vocab", [5, 128, 129, 1000])
+@given(SEEDS)
+@FEW
+def test_draw_is_the_inverse_cdf_in_order_of_id(vocab: int, seed: int):
+    rng = np.random.default_rng(seed)
+    x = logits(rng, vocab)
+    threshold = np.float32(rng.choice([-np.inf, -2.0], ROWS))
+    uniform = rng.random(ROWS, np.float32)
+    weights = np.where(x >= threshold[:, None], np.exp(x.astype(np.float64)), 0)
+    ends = np.cumsum(weights / weights.sum(-1, keepdims=True), -1)
+    tokens = np.asarray(compiled("draw")(x, threshold, uniform))
+    rows = np.arange(ROWS)
+    assert (weights[rows, tokens] > 0).all()
+    before = np.where(tokens > 0, ends[rows, np.maximum(tokens - 1, 0)], 0)
+    assert (before - 1e-5 <= uniform).all()
+    assert (uniform <= ends[rows, tokens] + 1e-5).all()
+
+
+def test_draw_takes_the_first_and_the_last_token_with_weight_at_the_ends():
+    x = np.full((ROWS, 300), -np.inf, np.float32)
+    x[:, [130, 131, 260]] = 0.0
+    for uniform, token in [(0.0, 130), (0.34, 131), (np.nextafter(np.float32(1), 0), 260)]:
+        assert (compiled("draw")(x, NO_THRESHOLD, np.full(ROWS, uniform, "f")) == token).all()
+
+
+@pytest.mark.parametrize("vocab", [128, 128 * 64])
+def test_draw_never_takes_a_token_without_weight(vocab: int):
+    """Running sums are rounded along a tree, so they rise by an ulp over tokens whose weight is 0.
+    A uniform in that gap drew a masked token; over blocks, one past the vocabulary.
+    """
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x = rng.normal(0, 1, (1, vocab)).astype(np.float32)
+        is_masked = np.arange(vocab) * 128 // vocab % 4 == 3
+        x[:, is_masked] = -np.inf
+        weights = np.exp(x - x.max(-1, keepdims=True))
+        parts = weights.reshape(-1, 128).sum(-1) if vocab > 128 else weights[0]
+        ends = np.asarray(jnp.cumsum(jnp.asarray(parts)))
+        below = np.nextafter(ends / ends[-1], 0, dtype=np.float32)
+        for uniforms in (ends / ends[-1], below, np.nextafter(ends / ends[-1], 2, dtype="f")):
+            uniforms = np.minimum(uniforms, np.nextafter(np.float32(1), 0)).astype(np.float32)
+            many = np.repeat(x, len(uniforms), 0)
+            tokens = np.asarray(
+                compiled("draw")(many, np.full(len(uniforms), -np.inf, "f"), uniforms)
+            )
+            assert not is_masked[tokens].any()
+
+
+def test_draws_have_the_frequencies_of_the_probabilities():
+    rng = np.random.default_rng(3)
+    x = rng.normal(0, 1, 20).astype(np.float32)
+    threshold = np.sort(x)[4]
+    keys = np.stack([np.full(20_000, 7), np.arange(20_000)], -1).astype(np.uint32)
+    uniform = compiled("_uniform")(keys, np.arange(20_000, dtype=np.int32) % 50)
+    many = np.broadcast_to(x, (20_000, 20))
+    tokens = compiled("draw")(many, np.full(20_000, threshold), uniform)
+    p = np.where(x >= threshold, np.exp(x.astype(float)), 0)
+    counts = np.bincount(np.asarray(tokens), minlength=20)
+    assert not counts[p == 0].any()
+    expected = 20_000 * p[p > 0] / p.sum()
+    assert chisquare(counts[p > 0], expected).pvalue > 1e-3
+
+
+def test_the_uniform_depends_on_seed_choice_and_position_only():
+    keys = np.array([[0, 1], [0, 2], [1, 1], [0, 1]], np.uint32)
+    positions = np.array([0, 0, 0, 1], np.int32)
+    uniform = np.asarray(compiled("_uniform")(keys, positions))
+    assert ((uniform >= 0) & (uniform < 1)).all()
+    assert len(set(uniform.tolist())) == 4
+    order = [2, 0, 3, 1]
+    np.testing.assert_array_equal(
+        compiled("_uniform")(keys[order], positions[order]), uniform[order]
+    )
+    want = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(keys[3]), 1))
+    assert uniform[3] == want
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("k", [0, 1, 20, 299, 300, 400])
+def test_logprobs_and_ranks_are_those_of_the_raw_logits(k: int):
+    rng = np.random.default_rng(k)
+    x = np.round(rng.normal(0, 4, (ROWS, 300)), 1).astype(np.float32)  # with ties
+    tokens = rng.integers(0, 300, ROWS).astype(np.int32)
+    got = compiled("token_logprobs", 2)(x, tokens, k)
+    want = log_softmax(x)
+    rows = np.arange(ROWS)
+    np.testing.assert_allclose(got.chosen, want[rows, tokens], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got.rank, 1 + (x > x[rows, tokens][:, None]).sum(-1))
+    assert got.top.shape == got.top_ids.shape == (ROWS, min(k, 300))
+    if k >= 300:
+        np.testing.assert_array_equal(got.top_ids, np.broadcast_to(np.arange(300), x.shape))
+        np.testing.assert_allclose(got.top, want, rtol=1e-5, atol=1e-5)
+    elif k:
+        ordered = -np.sort(-want, -1)[:, :k]
+        np.testing.assert_allclose(got.top, ordered, rtol=1e-5, atol=1e-5)
+        at_ids = np.take_along_axis(want, np.asarray(got.top_ids), -1)
+        np.testing.assert_allclose(got.top, at_ids, rtol=1e-5, atol=1e-5)

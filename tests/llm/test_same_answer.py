@@ -1,0 +1,191 @@
+"""A request's answer depends on nothing but the request: not on its batch, pages, chunks or luck."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from quire import LLM, RequestOutput, SamplingParams
+
+from .engines import Comparison, start
+from .hostile import make_hostile
+
+FAMILY = "llama31_scaled_rope"
+NUM_TOKENS = 24
+NUM_OTHERS = 32
+
+
+def prompts() -> list[list[int]]:
+    """Every length matters at some page or chunk border; some share a beginning."""
+    rng = np.random.default_rng(7)
+    lengths = (1, 3, 15, 16, 17, 33, 40, 64)
+    alone = [rng.integers(3, 512, n).tolist() for n in lengths]
+    return [*alone, alone[-1][:48] + alone[2], alone[-1][:32]]
+
+
+def params(index: int) -> SamplingParams:
+    """Greedy, and several kinds of drawing, each with its seed."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 20},
+        {"temperature": 0.8, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.3},
+    ]
+    return SamplingParams(
+        **kinds[index % len(kinds)], seed=index, max_tokens=NUM_TOKENS, ignore_eos=True
+    )
+
+
+def requests() -> list[tuple[list[int], SamplingParams]]:
+    return [(p, params(i + k)) for i, p in enumerate(prompts()) for k in range(4)]
+
+
+def others() -> list[tuple[list[int], SamplingParams]]:
+    rng = np.random.default_rng(11)
+    return [
+        (rng.integers(3, 512, int(rng.integers(1, 60))).tolist(), params(i))
+        for i in range(NUM_OTHERS)
+    ]
+
+
+def run(llm: LLM, cases: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
+    return llm.generate([p for p, _ in cases], [s for _, s in cases], use_tqdm=False)
+
+
+@cache
+def expected(family: str, dtype: str) -> list[tuple[list[int], list[float]]]:
+    """Tokens and decision margins of each request alone, in order."""
+    result = []
+    with start(family, dtype=dtype, enable_prefix_caching=False) as llm:
+        for prompt, p in requests():
+            wanted = SamplingParams(
+                **{k: getattr(p, k) for k in ("temperature", "top_p", "top_k", "min_p", "seed")},
+                presence_penalty=p.presence_penalty,
+                repetition_penalty=p.repetition_penalty,
+                max_tokens=NUM_TOKENS,
+                ignore_eos=True,
+                logprobs=-1,
+            )
+            answer = llm.generate([prompt], wanted, use_tqdm=False)[0].outputs[0]
+            tokens = answer.token_ids
+            logits = [
+                np.array([p[t].logprob for t in range(len(p))]) for p in answer.logprobs or ()
+            ]
+            margins = [
+                _margin(row, prompt, tokens[:i], tokens[i], wanted)
+                for i, row in enumerate(logits)
+            ]
+            result.append((tokens, margins))
+    return result
+
+
+def _margin(
+    logits: np.ndarray, prompt: list[int], output: list[int], token: int, p: SamplingParams
+) -> float:
+    """Distance of a decision from another one: between the two best logits, or between the uniform
+    and the nearer end of the token's interval of the distribution that is drawn from."""
+    x = logits.astype(np.float64).copy()
+    seen = np.unique([*prompt, *output])
+    if p.repetition_penalty != 1:
+        # Logprobs are logits up to a constant, which the penalty is not blind to: no margin here.
+        return 0.0
+    x[np.unique(output).astype(int)] -= p.presence_penalty
+    del seen
+    if p.temperature == 0:
+        best = np.sort(x)[::-1]
+        return float(best[0] - best[1])
+    x = x / p.temperature
+    x[x < x.max() + np.log(p.min_p or 1e-300)] = -np.inf
+    if p.top_k:
+        x[x < np.sort(x)[-p.top_k]] = -np.inf
+    weights = np.exp(x - x.max())
+    if p.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        before = np.cumsum(weights[order]) - weights[order]
+        weights[order[before >= p.top_p * weights.sum()]] = 0
+    ends = np.cumsum(weights) / weights.sum()
+    key = jax.random.fold_in(jax.random.wrap_key_data(np.array([0, p.seed], np.uint32)), 0)
+    uniform = float(jax.random.uniform(jax.random.fold_in(key, len(output))))
+    start = ends[token] - weights[token] / weights.sum()
+    assert start - 1e-4 <= uniform <= ends[token] + 1e-4, "the oracle would have drawn another token"
+    return min(abs(uniform - start), abs(ends[token] - uniform))
+
+
+def compare(outputs: list[RequestOutput], family: str = FAMILY, dtype: str = "float32") -> None:
+    comparison = Comparison()
+    for output, (tokens, margins) in zip(outputs, expected(family, dtype), strict=True):
+        comparison.add(tokens, output.outputs[0].token_ids, margins)
+    print(f"{comparison.share:.2%} of {comparison.num_steps} steps compared")
+    assert comparison.share >= 0.95
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "page size 4": {"page_size": 4},
+    "page size 64": {"page_size": 64},
+    "budget 16": {"max_num_batched_tokens": 16, "token_buckets": (16,)},
+    "budget 256": {"max_num_batched_tokens": 256, "token_buckets": (8, 32, 64, 256)},
+    "budget 2048": {"max_num_batched_tokens": 2048, "token_buckets": (64, 2048)},
+    "five rows": {"max_num_seqs": 5},
+    "one row": {"max_num_seqs": 1},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_answer_does_not_depend_on_pages_and_budgets(name: str) -> None:
+    with start(FAMILY, **VARIANTS[name]) as llm:
+        compare(run(llm, requests()))
+
+
+@pytest.mark.parametrize("family", [FAMILY, "mistral_sliding"])
+def test_answer_does_not_depend_on_the_others_in_the_batch(family: str) -> None:
+    cases = requests()
+    with start(family) as llm:
+        outputs = run(llm, [*others(), *cases, *others()])
+        compare(outputs[NUM_OTHERS : NUM_OTHERS + len(cases)], family)
+
+
+def test_answer_does_not_depend_on_prefix_hits() -> None:
+    with start(FAMILY, page_size=4) as llm:
+        run(llm, requests())
+        outputs = run(llm, requests())
+        assert sum(o.num_cached_tokens for o in outputs) > 1000
+        compare(outputs)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_answer_does_not_depend_on_chunks(chunk: int) -> None:
+    with start(FAMILY) as llm:
+        llm._engine.core.scheduler._max_count = chunk
+        compare(run(llm, requests()))
+
+
+def test_answer_survives_preemption() -> None:
+    page_bytes = 3 * 2 * 2 * 16 * 16 * 4  # layers, k and v, heads, positions, columns, float32
+    with start(
+        FAMILY, kv_cache_memory_bytes=40 * page_bytes, max_model_len=128, enable_prefix_caching=False
+    ) as llm:
+        outputs = run(llm, requests())
+        assert llm._engine.core.scheduler.num_preemptions > 5
+        compare(outputs)
+
+
+@pytest.mark.parametrize("family", [FAMILY, "mistral_sliding"])
+def test_answer_does_not_depend_on_what_others_left_in_memory(family: str) -> None:
+    """NaN in every byte that a request does not own, garbage in idle rows and dispatched arrays."""
+    with start(family, max_num_seqs=7, kv_cache_memory_bytes=1 << 20, max_model_len=128) as llm:
+        make_hostile(llm)
+        compare(run(llm, requests()), family)
+
+
+@pytest.mark.parametrize("variant", ["batch", "page size 4", "budget 256"])
+def test_bfloat16_answer_does_not_depend_on_the_batch(variant: str) -> None:
+    with start(FAMILY, **VARIANTS.get(variant, {}), dtype="bfloat16") as llm:
+        compare(run(llm, requests()), dtype="bfloat16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    expected.cache_clear()
