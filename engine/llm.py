@@ -168,6 +168,12 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * len(prompts)
+        if not isinstance(params, (list, tuple)):
+            raise RequestError(
+                f"sampling_params must be SamplingParams or a list of them, got "
+                f"{type(params).__name__}",
+                field="sampling_params",
+            )
         if len(params) != len(prompts):
             raise RequestError(
                 f"there are {len(prompts)} prompts and {len(params)} sampling_params; give one for "

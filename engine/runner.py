@@ -293,7 +293,7 @@ class Runner:
 
 
 def _private(array: Any) -> Any:
-    """A copy of a host array that nobody else can write: on CPU a running program reads it in place."""
+    """A copy of a host array that nobody else can write: on CPU a program reads it in place."""
     return array.copy() if isinstance(array, np.ndarray) else array
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: one folder of compiled programs, and small engines on the reference models."""
+"""What all tests share: one folder of compiled programs, no network."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""The answers are those of the reference implementation, family by family, through the public API."""
+"""The answers are those of the reference implementation, family by family, through LLM."""
 
 import numpy as np
 import pytest

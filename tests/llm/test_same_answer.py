@@ -74,8 +74,7 @@ def expected(family: str, dtype: str) -> list[tuple[list[int], list[float]]]:
                 np.array([p[t].logprob for t in range(len(p))]) for p in answer.logprobs or ()
             ]
             margins = [
-                _margin(row, prompt, tokens[:i], tokens[i], wanted)
-                for i, row in enumerate(logits)
+                _margin(row, prompt, tokens[:i], tokens[i], wanted) for i, row in enumerate(logits)
             ]
             result.append((tokens, margins))
     return result
@@ -85,7 +84,8 @@ def _margin(
     logits: np.ndarray, prompt: list[int], output: list[int], token: int, p: SamplingParams
 ) -> float:
     """Distance of a decision from another one: between the two best logits, or between the uniform
-    and the nearer end of the token's interval of the distribution that is drawn from."""
+    and the nearer end of the token's interval of the distribution that is drawn from.
+    """
     x = logits.astype(np.float64).copy()
     seen = np.unique([*prompt, *output])
     if p.repetition_penalty != 1:
@@ -109,7 +109,7 @@ def _margin(
     key = jax.random.fold_in(jax.random.wrap_key_data(np.array([0, p.seed], np.uint32)), 0)
     uniform = float(jax.random.uniform(jax.random.fold_in(key, len(output))))
     start = ends[token] - weights[token] / weights.sum()
-    assert start - 1e-4 <= uniform <= ends[token] + 1e-4, "the oracle would have drawn another token"
+    assert start - 1e-4 <= uniform <= ends[token] + 1e-4, "the oracle draws another token"
     return min(abs(uniform - start), abs(ends[token] - uniform))
 
 
@@ -164,7 +164,10 @@ def test_answer_does_not_depend_on_chunks(chunk: int) -> None:
 def test_answer_survives_preemption() -> None:
     page_bytes = 3 * 2 * 2 * 16 * 16 * 4  # layers, k and v, heads, positions, columns, float32
     with start(
-        FAMILY, kv_cache_memory_bytes=40 * page_bytes, max_model_len=128, enable_prefix_caching=False
+        FAMILY,
+        kv_cache_memory_bytes=40 * page_bytes,
+        max_model_len=128,
+        enable_prefix_caching=False,
     ) as llm:
         outputs = run(llm, requests())
         assert llm._engine.core.scheduler.num_preemptions > 5
