@@ -6,19 +6,16 @@ import queue
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from .collector import Collector
 from .config import EngineConfig
 from .core import StepOutput, Submission
-from .errors import EngineStopped, RequestError
+from .errors import RequestError
 from .loop import EngineLoop
-from .outputs import CompletionOutput, RequestOutput, StreamDelta
-from .request import FinishReason
+from .outputs import RequestOutput, StreamDelta
 from .sampling_params import SamplingParams
 from .startup import Engine, start_engine
-from .text.assembler import TextAssembler
-from .text.logprobs import LogprobsAtPosition, logprobs_at
 from .text.tokenizer import Tokenizer
 from .text.validate import TextRequest, check_text_request
 from .token_checks import TokenLimits, check_token_request
@@ -130,18 +127,18 @@ class LLM:
         return self.get_tokenizer().decode(token_ids, skip_special_tokens)
 
     def get_tokenizer(self) -> Tokenizer:
-        return self._engine.tokenizer
+        return self._engine.files.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What applies when no params are given: vLLM's defaults under the model's
         generation_config.json.
         """
-        return SamplingParams(**self._engine.default_sampling)
+        return SamplingParams(**self._engine.files.default_sampling)
 
     @property
     def default_sampling(self) -> dict[str, Any]:
         """What the model's generation_config.json says, in SamplingParams' names."""
-        return dict(self._engine.default_sampling)
+        return dict(self._engine.files.default_sampling)
 
     @property
     def max_model_len(self) -> int:
@@ -220,12 +217,12 @@ class LLM:
         from tqdm.auto import tqdm
 
         outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-        collectors: list[_Collector] = []
-        by_id: dict[str, tuple[_Collector, int]] = {}
+        collectors: list[Collector] = []
+        by_id: dict[str, tuple[Collector, int]] = {}
         submissions: list[Submission] = []
         for request in requests:
             number, some = self._submissions(request)
-            collector = _Collector(number, request, self.get_tokenizer())
+            collector = Collector(number, request, self.get_tokenizer())
             collectors.append(collector)
             submissions += some
             by_id |= {s.request_id: (collector, s.choice) for s in some}
@@ -257,7 +254,7 @@ class LLM:
     def _stream(self, request: TextRequest) -> "Stream":
         outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         number, submissions = self._submissions(request)
-        collector = _Collector(number, request, self.get_tokenizer())
+        collector = Collector(number, request, self.get_tokenizer())
         self._loop.submit(submissions, outputs.put)
         return Stream(self._loop, outputs, collector, [s.request_id for s in submissions])
 
@@ -271,7 +268,7 @@ class Stream:
         self,
         loop: EngineLoop,
         outputs: "queue.SimpleQueue[StepOutput]",
-        collector: "_Collector",
+        collector: "Collector",
         request_ids: list[str],
     ) -> None:
         self._loop = loop
@@ -318,100 +315,6 @@ class Stream:
         if is_done:
             del self._choice_by_id[output.request_id]
         return self._collector.delta_since(before, choice)
-
-
-@dataclass(frozen=True)
-class _Mark:
-    num_characters: int
-    num_tokens: int
-
-
-@dataclass
-class _Collector:
-    """Puts the answers to one prompt together."""
-
-    number: int
-    request: TextRequest
-    tokenizer: Tokenizer
-    answers: list[CompletionOutput] = field(init=False)
-    prompt_logprobs: list[LogprobsAtPosition | None] | None = None
-    num_cached: int = 0
-
-    def __post_init__(self) -> None:
-        params = self.request.params
-        self.answers = [CompletionOutput(index=i) for i in range(params.n)]
-        self._assemblers = [
-            TextAssembler(self.tokenizer, self.request.prompt_token_ids, params)
-            for _ in range(params.n)
-        ]
-        if params.logprobs is not None:
-            for answer in self.answers:
-                answer.logprobs, answer.cumulative_logprob = [], 0.0
-
-    @property
-    def is_done(self) -> bool:
-        return all(answer.finished() for answer in self.answers)
-
-    def add(self, output: StepOutput, choice: int) -> tuple[bool, bool]:
-        """Take one output. Returns whether the answer is complete, and whether the core must be
-        told so.
-        """
-        answer, assembler = self.answers[choice], self._assemblers[choice]
-        self.num_cached = output.num_cached or self.num_cached
-        if output.prompt_logprobs is not None and self.prompt_logprobs is None:
-            self.prompt_logprobs = [
-                None, *(logprobs_at(p, self.tokenizer) for p in output.prompt_logprobs)
-            ]  # fmt: skip
-        is_last = output.finish_reason is not None
-        is_stop = output.finish_reason is FinishReason.STOP
-        matched = None
-        for token_id in output.token_ids:
-            answer.token_ids.append(token_id)
-            delta = assembler.push(token_id, is_last=is_last, is_stop_token=is_stop)
-            answer.text += delta.text
-            matched = delta.matched
-        if answer.logprobs is not None and answer.cumulative_logprob is not None:
-            for position in output.logprobs:
-                answer.logprobs.append(logprobs_at(position, self.tokenizer))
-                answer.cumulative_logprob += position.logprob
-        if matched is not None:
-            answer.finish_reason, answer.stop_reason = FinishReason.STOP.value, matched
-            return True, not is_last
-        if output.finish_reason is not None:
-            if not output.token_ids:
-                answer.text += assembler.flush().text
-            answer.finish_reason, answer.stop_reason = (
-                output.finish_reason.value,
-                output.stop_reason,
-            )
-            if output.finish_reason is FinishReason.ABORT:
-                raise EngineStopped("the engine was closed while the request was under way")
-        return is_last, False
-
-    def mark(self, choice: int) -> _Mark:
-        answer = self.answers[choice]
-        return _Mark(len(answer.text), len(answer.token_ids))
-
-    def delta_since(self, mark: _Mark, choice: int) -> StreamDelta:
-        answer = self.answers[choice]
-        return StreamDelta(
-            text=answer.text[mark.num_characters :],
-            token_ids=answer.token_ids[mark.num_tokens :],
-            index=choice,
-            logprobs=None if answer.logprobs is None else answer.logprobs[mark.num_tokens :],
-            finish_reason=answer.finish_reason,
-            stop_reason=answer.stop_reason,
-        )
-
-    def result(self) -> RequestOutput:
-        return RequestOutput(
-            request_id=str(self.number),
-            prompt=self.request.prompt,
-            prompt_token_ids=list(self.request.prompt_token_ids),
-            prompt_logprobs=self.prompt_logprobs,
-            outputs=self.answers,
-            num_cached_tokens=self.num_cached,
-        )
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

@@ -91,6 +91,12 @@ class Runner:
         sizes = [e.memory_analysis() for e in self._executables.values()]
         return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
 
+    def largest_workspace_bytes(self) -> int:
+        """Scratch memory of the largest forward program, compiled for this question."""
+        name = f"forward[{self.buckets.tokens[-1]}]"
+        analysis = self._specs[name].lower().compile().memory_analysis()
+        return 0 if analysis is None else analysis.temp_size_in_bytes
+
     def code_bytes(self) -> int:
         """Machine code of all programs, as the compiler counts it."""
         sizes = [e.memory_analysis() for e in self._executables.values()]

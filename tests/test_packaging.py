@@ -38,7 +38,7 @@ def test_root_holds_one_module() -> None:
 @pytest.mark.parametrize("path", sources(*PACKAGES, "tests", "bench", "demo"), ids=str)
 def test_file_and_function_lengths(path: Path) -> None:
     text = path.read_text()
-    is_model = path.parent == ROOT / "layers" / "models"
+    is_model = path.parent == ROOT / "layers" / "models" and "def read_config(" in text
     assert text.count("\n") <= (MAX_MODEL_FILE_LINES if is_model else MAX_FILE_LINES)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -197,8 +197,8 @@ class ConfigReader:
 
     def take_window(self, key: str, *, absent: int) -> int | None:
         """A sliding window in tokens; null switches it off, an absent key means `absent`."""
+        self._taken.add(key)
         if key not in self._keys:
-            self._taken.add(key)
             return absent
         return None if self._keys[key] is None else self.take_positive(key)
 
