@@ -109,8 +109,11 @@ class Checkpoint:
             )
         try:
             header = json.loads(mapped[8 : 8 + length], object_pairs_hook=_without_duplicates)
-            header.pop("__metadata__", None)
-            tensors = {name: _parse(path, entry, 8 + length) for name, entry in header.items()}
+            tensors = {
+                name: _parse(path, entry, 8 + length)
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} has an unreadable header ({type(error).__name__}: {error}); {again}"

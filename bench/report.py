@@ -1,0 +1,38 @@
+"""One bench line: what was measured, on what, against which target."""
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def line(name: str, value: float, unit: str, target: float | None, **more: Any) -> dict[str, Any]:
+    """The record of one figure. target: the most it may be, None if there is none."""
+    record: dict[str, Any] = {"name": name, "value": round(value, 4), "unit": unit}
+    if target is not None:
+        record |= {"target": f"<= {target:g}", "met": value <= target}
+    packages = ("quire", "jax", "jaxlib", "numpy")
+    return record | {
+        **more,
+        "command": " ".join(["python -m", *sys.orig_argv[2:]]),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "machine": {
+            "processor": processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average": round(os.getloadavg()[0], 2),
+        },
+    }
+
+
+def emit(record: dict[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+def processor() -> str:
+    for text in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if text.startswith("model name"):
+            return text.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,90 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from quire.engine.buckets import Buckets, plan_buckets
+from quire.engine.errors import ConfigError
+from quire.layers.programs import Variant
+from quire.pallas_kernels.checks import QUERIES_PER_ITEM
+
+
+def plan(platform: str = "cpu", **changes: Any) -> Buckets:
+    defaults = {"max_num_seqs": 64, "max_num_batched_tokens": 1024, "token_buckets": None,
+                "pages_per_row": 128, "num_groups": 1}  # fmt: skip
+    return plan_buckets(platform, **(defaults | changes))
+
+
+def test_the_programs_of_the_cpu_defaults():
+    buckets = plan()
+    assert buckets.tokens == (2, 4, 8, 16, 32, 64, 256, 1024)
+    assert buckets.rows == (8, 32, 64)
+    assert {t: buckets.layout(t).rows for t in buckets.tokens} == {
+        2: 8, 4: 8, 8: 8, 16: 32, 32: 32, 64: 64, 256: 64, 1024: 64,
+    }  # fmt: skip
+    greedy, general = Variant.GREEDY, Variant.GENERAL
+    assert buckets.sample_programs() == [
+        (8, greedy), (8, general), (32, greedy), (32, general), (64, greedy), (64, general),
+    ]  # fmt: skip
+    assert buckets.score_programs() == [(8, 8), (32, 32), (64, 64), (256, 64), (1024, 64)]
+
+
+def test_the_programs_of_the_gpu_defaults():
+    buckets = plan("cuda", max_num_seqs=256, max_num_batched_tokens=8192)
+    assert buckets.tokens == (1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
+    assert buckets.rows == (8, 32, 64, 128, 256)
+
+
+@given(
+    st.sampled_from(["cpu", "cuda"]), st.integers(1, 600), st.integers(2, 20_000), st.integers(1, 3)
+)
+def test_every_step_has_a_program_that_holds_it(platform: str, seqs: int, most: int, groups: int):
+    buckets = plan(platform, max_num_seqs=seqs, max_num_batched_tokens=most, num_groups=groups)
+    assert len(buckets.tokens) <= (12 if platform == "cpu" else 20)
+    assert buckets.tokens == tuple(sorted(set(buckets.tokens)))
+    assert buckets.tokens[-1] == most
+    assert min(*buckets.tokens, *buckets.rows) >= (2 if platform == "cpu" else 1)
+    for num_tokens in {1, 2, most // 2 + 1, most - 1, most, *buckets.tokens}:
+        tokens = buckets.tokens_for(num_tokens)
+        layout = buckets.layout(tokens)
+        assert layout.tokens == tokens >= num_tokens
+        assert layout.rows >= min(num_tokens, seqs)
+        assert layout.rows in buckets.rows
+        assert (layout.groups, layout.width, layout.slots) == (groups, 128, seqs)
+        # What logprobs of sampled rows and of whole steps need is there too.
+        scores = buckets.score_programs()
+        assert (layout.rows, layout.rows) in scores
+        assert (max(tokens, 64), 64) in scores
+
+
+@given(st.lists(st.integers(2, 70), min_size=1, max_size=9), st.integers(0, 8))
+def test_a_layout_has_room_for_the_work_items_of_any_rows(counts: list[int], num_single: int):
+    layout = plan(max_num_seqs=32).layout(plan().tokens_for(sum(counts) + num_single))
+    items = sum(-(-count // QUERIES_PER_ITEM) for count in counts)
+    assert items <= layout.items
+
+
+def test_given_token_buckets_are_taken_in_order_and_once():
+    assert plan(token_buckets=(1024, 16, 16, 2)).tokens == (2, 16, 1024)
+    assert plan("cuda", token_buckets=(1024, 1)).tokens == (1, 1024)
+
+
+@pytest.mark.parametrize(
+    ("platform", "token_buckets", "message"),
+    [
+        ("cpu", (1, 1024), "token_buckets must be at least 2 on cpu, got [1, 1024]"),
+        ("cuda", (0, 1024), "token_buckets must be at least 1 on cuda, got [0, 1024]"),
+        ("cpu", (), "token_buckets must be at least 2 on cpu, got []"),
+        (
+            "cpu",
+            (2, 512),
+            "the largest of token_buckets must be max_num_batched_tokens = 1024, got 512",
+        ),
+    ],
+)
+def test_token_buckets_that_cannot_serve_a_step(
+    platform: str, token_buckets: tuple[int, ...], message: str
+):
+    with pytest.raises(ConfigError) as caught:
+        plan(platform, token_buckets=token_buckets)
+    assert str(caught.value) == message
