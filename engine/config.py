@@ -37,7 +37,8 @@ class EngineConfig:
         None, "where hub downloads are kept; the hub's cache if not given"
     )
     dtype: Dtype = _option(
-        "auto", "dtype of the weights and the KV cache; auto is the checkpoint's"
+        "auto",
+        "dtype of the weights; auto is the checkpoint's. The KV cache of bfloat16 weights is float16",
     )
     load_format: LoadFormat = _option(
         "auto", "dummy makes random weights: shapes without a checkpoint"

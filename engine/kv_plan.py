@@ -83,7 +83,7 @@ def plan_kv(
     budget_bytes: called when the option does not say it. Raises UsageError with the way out.
     """
     max_model_len, is_asked = wanted_context(config, files)
-    one_page = page_bytes(layout, sizes.page_size, files.dtype)
+    one_page = page_bytes(layout, sizes.page_size, files.kv_dtype)
     budget = config.kv_cache_memory_bytes or budget_bytes()
     needed = -(-max_model_len // sizes.page_size) * layout.num_groups
     memo = memory.PageCountMemo(cache, _memo_key(config, files, sizes, max_model_len))

@@ -42,6 +42,7 @@ class Runner:
         weight_format: Plain,
         *,
         num_pages: int,
+        kv_dtype: np.dtype[Any],
         num_logprobs: int,
     ) -> None:
         self.programs = programs
@@ -49,6 +50,7 @@ class Runner:
         self.num_pages = num_pages
         self._mesh = mesh
         self._format = weight_format
+        self._kv_dtype = kv_dtype
         self.num_logprobs = num_logprobs
         self._vocab = programs.model.vocab_size
         self._weights: Any = None
@@ -212,7 +214,7 @@ class Runner:
 
     def _abstract_kv(self) -> Any:
         p = self.programs
-        pages = abstract_pages(p.kv_layout, self.num_pages, p.page_size, self._format.dtype)
+        pages = abstract_pages(p.kv_layout, self.num_pages, p.page_size, self._kv_dtype)
         return self._placed(pages, _KV)
 
     def _abstract_rows(self) -> Any:

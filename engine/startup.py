@@ -119,6 +119,7 @@ class _Builder:
             self.mesh,
             self.format,
             num_pages=kv_plan.num_pages,
+            kv_dtype=self.files.kv_dtype,
             num_logprobs=vocab if wanted == -1 else min(wanted, vocab),
         )
 
@@ -168,7 +169,7 @@ class _Builder:
             workspace=runner.workspace_bytes(),
             executables=runner.code_bytes(),
             num_pages=runner.num_pages,
-            page_bytes=page_bytes(self.layout, self.sizes.page_size, self.files.dtype),
+            page_bytes=page_bytes(self.layout, self.sizes.page_size, self.files.kv_dtype),
             limit=memory.host_memory().total,
         )
 

@@ -8,7 +8,7 @@ from flax import struct
 
 from ..pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
 from .context import Context
-from .linear import linear, linear_sum
+from .linear import linear_exact, linear_sum
 from .norm import rms_norm
 from .param import Leaf
 from .rope import rotate
@@ -46,7 +46,7 @@ def attention(
 ) -> tuple[jax.Array, KVPages]:
     """f32[tokens, hidden] and the cache with this step's keys and values."""
     tokens, dim = x.shape[0], shape.head_dim
-    qkv = linear(x, weights.qkv, weights.qkv_bias, ctx)
+    qkv = linear_exact(x, weights.qkv, weights.qkv_bias, ctx)
     kv_heads = kv.k.shape[1]
     heads = qkv.shape[1] // dim - 2 * kv_heads
     q, k, v = jnp.split(qkv.reshape(tokens, -1, dim), [heads, heads + kv_heads], axis=1)

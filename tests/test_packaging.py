@@ -20,7 +20,9 @@ def sources(*folders: str) -> list[Path]:
 
 def test_wheel_list_names_every_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = {p.parent.relative_to(ROOT) for f in PACKAGES for p in (ROOT / f).rglob("__init__.py")}
+    folders = {
+        p.parent.relative_to(ROOT) for f in PACKAGES for p in (ROOT / f).rglob("__init__.py")
+    }
     expected = {"quire", *(".".join(("quire", *folder.parts)) for folder in folders)}
     assert set(project["tool"]["setuptools"]["packages"]) == expected
     lost = {

@@ -124,14 +124,14 @@ def test_compile_all_counts_what_came_from_the_cache(tmp_path: Path, jax_cache: 
     assert (report.loaded, report.compiled) == (0, 3)
     assert made["p2"](jnp.zeros(3)).tolist() == [2.0] * 3
     jax.clear_caches()
-    _, report = compile_all(specs(1.5) + [ProgramSpec("other", specs(2.5, 1)[0].lower)])
+    _, report = compile_all([*specs(1.5), ProgramSpec("other", specs(2.5, 1)[0].lower)])
     assert (report.loaded, report.compiled) == (3, 1)
     assert report.line().startswith("4 programs in ")
     assert "3 loaded, 1 compiled (tracing " in report.line()
 
 
 def test_compile_all_does_not_count_other_threads(tmp_path: Path, jax_cache: None):
-    """Random weights are made, and their programs loaded, beside it: -2 were said to be compiled."""
+    """Random weights are made beside it; loading their programs made the count negative."""
     open_cache(tmp_path / "cache")
     compile_all(specs(3.5))
     jax.clear_caches()

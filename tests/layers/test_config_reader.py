@@ -63,15 +63,14 @@ def test_every_key_of_transformers_is_accounted_for(model_type: str, read: Any):
 def test_an_absent_key_means_what_transformers_assumes(model_type: str, read: Any):
     """Absent is not null: an absent num_key_value_heads is 8 for Mistral and 32 for Qwen."""
     absent = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "hidden_act")
-    keys = {k: v for k, v in BASE.items() if k not in absent} | {"num_attention_heads": 32}
-    config = CLASSES[model_type](**keys)
-    spec = read(model_type, num_attention_heads=32, **dict.fromkeys(absent, ...)).model.spec
+    sizes = {"num_attention_heads": 64, "hidden_size": 64}
+    config = CLASSES[model_type](**{k: v for k, v in BASE.items() if k not in absent} | sizes)
+    spec = read(model_type, **sizes, **dict.fromkeys(absent, ...)).model.spec
     assert spec.num_kv_heads == config.num_key_value_heads
     assert spec.epsilon == config.rms_norm_eps
     assert spec.tie_embeddings == config.tie_word_embeddings
     assert spec.head_dim == (128 if model_type == "qwen3" else 1)
-    null = read(model_type, num_attention_heads=32, num_key_value_heads=None).model.spec
-    assert null.num_kv_heads == 32
+    assert read(model_type, **sizes, num_key_value_heads=None).model.spec.num_kv_heads == 64
 
 
 def test_both_config_styles_give_the_same_model(read: Any):
