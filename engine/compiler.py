@@ -131,9 +131,9 @@ def compile_all(
 def default_cache_dir() -> Path:
     """$QUIRE_CACHE_DIR, else $XDG_CACHE_HOME/quire, else ~/.cache/quire."""
     if given := os.environ.get("QUIRE_CACHE_DIR"):
-        return Path(given).expanduser()
+        return Path(os.path.expanduser(given))
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "quire"
+    return Path(os.path.expanduser(base or "~/.cache")) / "quire"
 
 
 def open_cache(folder: Path) -> Path:

@@ -38,7 +38,7 @@ class EngineConfig:
     )
     dtype: Dtype = _option(
         "auto",
-        "dtype of the weights; auto is the checkpoint's. The KV cache of bfloat16 weights is float16",
+        "dtype of the weights, by default the checkpoint's; bfloat16 keeps its KV in float16",
     )
     load_format: LoadFormat = _option(
         "auto", "dummy makes random weights: shapes without a checkpoint"

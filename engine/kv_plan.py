@@ -1,6 +1,7 @@
 """How many KV pages there are, how long a context may be, and what depends on the platform."""
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from . import memory
 from .config import EngineConfig
 from .errors import ConfigError, MemoryPlanError
 from .model_files import ModelFiles
+from .scheduler import pages_held
 
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 _MAX_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -85,11 +87,15 @@ def plan_kv(
     max_model_len, is_asked = wanted_context(config, files)
     one_page = page_bytes(layout, sizes.page_size, files.kv_dtype)
     budget = config.kv_cache_memory_bytes or budget_bytes()
-    needed = -(-max_model_len // sizes.page_size) * layout.num_groups
+
+    def pages_for(num_tokens: int) -> int:
+        return pages_held(num_tokens, layout.windows, sizes.page_size, sizes.max_num_batched_tokens)
+
+    needed = pages_for(max_model_len)
     memo = memory.PageCountMemo(cache, _memo_key(config, files, sizes, max_model_len))
     wanted = memory.KVRequest(budget, one_page, needed, sizes.max_num_seqs)
     num_pages = memory.choose_num_pages(wanted, memo.read())
-    fitting = memory.context_that_fits(num_pages, sizes.page_size, layout.num_groups)
+    fitting = longest_context(num_pages, max_model_len, sizes.page_size, pages_for)
     note = None
     if is_asked:
         memory.require_room(num_pages, needed, max_model_len, fitting)
@@ -106,6 +112,17 @@ def plan_kv(
         max_model_len = fitting
     memo.write(num_pages)
     return KVPlan(num_pages, max_model_len, table_width(max_model_len, sizes.page_size), note)
+
+
+def longest_context(
+    num_pages: int, max_model_len: int, page_size: int, pages_for: Callable[[int], int]
+) -> int:
+    """The longest sequence, in whole pages, that fits the pool alone; at most max_model_len."""
+    if pages_for(max_model_len) < num_pages:
+        return max_model_len
+    lengths = range(0, max_model_len, page_size)
+    num_fitting = bisect_right(lengths, num_pages - 1, key=pages_for)
+    return lengths[num_fitting - 1] if num_fitting else 0
 
 
 def gpu_kv_budget(total: int, utilization: float, weights: int, workspace: int) -> int:

@@ -41,8 +41,8 @@ class ModelFiles:
 
     @property
     def kv_dtype(self) -> np.dtype[Any]:
-        """float16 for bfloat16 models: the same size, and keys and values keep three bits more, which
-        halves the error of the logits. Their range fits; what does not saturates.
+        """float16 for bfloat16 models: the same size, and keys and values keep three bits more,
+        which halves the error of the logits. Their range fits; what does not saturates.
         """
         is_bfloat16 = self.dtype == _DTYPE_BY_NAME["bfloat16"]
         return _DTYPE_BY_NAME["float16"] if is_bfloat16 else self.dtype

@@ -90,6 +90,22 @@ class _Draft:
     preempted: list[Request] = field(default_factory=list)
 
 
+def pages_held(
+    num_tokens: int, windows: Sequence[int | None], page_size: int, max_chunk: int
+) -> int:
+    """The most pages, over all groups, that one request of so many tokens holds at once."""
+    total = 0
+    for window in windows:
+        num_pages = -(-num_tokens // page_size)
+        if window is not None:
+            # A chunk and the keys its first query sees are this many tokens, at worst placed so
+            # that the first of them is the last of its page.
+            span = window - 1 + max_chunk
+            num_pages = min(num_pages, (span + page_size - 2) // page_size + 1)
+        total += num_pages
+    return total
+
+
 class Scheduler:
     """The queues, and the owner of every page and slot that a request holds."""
 
@@ -125,17 +141,8 @@ class Scheduler:
 
     def pages_for(self, num_tokens: int) -> int:
         """The most pages, over all groups, that one request of so many tokens holds at once."""
-        page_size = self.config.page_size
-        total = 0
-        for window in self.config.windows:
-            num_pages = -(-num_tokens // page_size)
-            if window is not None:
-                # A chunk and the keys its first query sees are this many tokens, at worst placed
-                # so that the first of them is the last of its page.
-                span = window - 1 + self._max_count
-                num_pages = min(num_pages, (span + page_size - 2) // page_size + 1)
-            total += num_pages
-        return total
+        c = self.config
+        return pages_held(num_tokens, c.windows, c.page_size, self._max_count)
 
     def can_ever_fit(self, request: Request) -> bool:
         """Whether the request, when alone, can run to its longest end; the last token has no KV."""

@@ -57,7 +57,7 @@ class AttentionBatch:
 
 
 # The axis of each array of the batch; page_table has its own rule.
-_SHAPE_BY_FIELD = {
+_AXIS_BY_FIELD = {
     "attend_from": "tokens", "attend_to": "tokens", "token_row": "tokens",
     "write_page": "tokens", "write_offset": "tokens", "page_table": None,
     "num_single": "", "num_items": "",
@@ -122,9 +122,9 @@ def check_paged_attention(
     items = batch.item_row.shape[:1]
     for array_field in fields(batch):
         name = array_field.name
-        array, want = getattr(batch, name), _SHAPE_BY_FIELD[name]
-        if want is not None:
-            shape = {"tokens": (tokens,), "items": items, "": ()}[want]
+        array, axis = getattr(batch, name), _AXIS_BY_FIELD[name]
+        if axis is not None:
+            shape = {"tokens": (tokens,), "items": items, "": ()}[axis]
             _require(array.shape == shape, f"{name} must be i32{list(shape)}, got {array.shape}")
         _require(array.dtype == jnp.int32, f"{name} must be i32, got {array.dtype}")
     _require(page_size > 0 and kv.k.shape[0] > 1, "the cache needs the null page and one more")

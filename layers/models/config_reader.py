@@ -269,7 +269,7 @@ class ConfigReader:
             )
         kept = {k: v for k in _ROPE_KEYS[rope_type] if (v := options.get(k)) is not None}
         for key in sorted({*kept, *_ROPE_NEEDED.get(rope_type, ())} - {"truncate"}):
-            value = kept.get(key)
+            value: Any = kept.get(key)
             # transformers takes a zero of these as not given
             is_given = value != 0 or key not in (
                 "beta_fast",
