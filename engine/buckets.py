@@ -6,8 +6,7 @@ from ..layers.batch import StepLayout
 from ..layers.programs import SCORE_ROWS, Variant
 from .errors import ConfigError
 
-_CPU_TOKENS = (2, 4, 8, 16, 32, 64, 256, 1024)
-_GPU_TOKENS = (1, *_CPU_TOKENS, 2048, 4096, 8192)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
 # Sizes of `sample`: fewer than those of forward, a few idle rows of the head cost little.
 _ROWS = (8, 32, 64, 128, 256)
 
@@ -73,12 +72,10 @@ def plan_buckets(
         if tokens[-1] != max_num_batched_tokens:
             raise ConfigError(
                 "the largest of token_buckets must be max_num_batched_tokens = "
-                f"{max_num_batched_tokens}, "
-                f"got {tokens[-1]}"
+                f"{max_num_batched_tokens}, got {tokens[-1]}"
             )
     else:
-        table = _CPU_TOKENS if platform == "cpu" else _GPU_TOKENS
-        tokens = [t for t in table if smallest <= t < max_num_batched_tokens]
+        tokens = [t for t in _TOKENS if smallest <= t < max_num_batched_tokens]
         tokens.append(max(max_num_batched_tokens, smallest))
     most_rows = max(min(max_num_seqs, max_num_batched_tokens), smallest)
     return Buckets(

@@ -61,8 +61,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = _option(
         None,
         "memory for the KV cache; on CPU min(4 GiB, a quarter of what is available), on GPU what "
-        "the "
-        "weights and the workspace leave",
+        "the weights and the workspace leave",
         metavar="BYTES",
     )
     max_num_seqs: int | None = _option(

@@ -1,15 +1,15 @@
-"""Every error that quire raises on purpose, in one tree; an edge maps each class to one status or
-exit code.
+"""Every error that quire raises on purpose; an edge maps each class to one status or exit code.
 
 QuireError
-├── UsageError              what the caller asked for cannot be done; the message says the rule and
-the way out │   ├── ConfigError         an option, or a combination of options │   ├── ModelError
-a model's folder, config, weights or tokenizer │   │   └── UnsupportedModel   well-formed, but we
-would run it wrongly or not at all │   ├── RequestError        one request; carries the name of the
-field │   └── MemoryPlanError     the model, or one sequence of it, does not fit └── EngineError
-the engine failed, not the caller
-    ├── StepFailed          a device step raised; its requests are recomputed or ended
-    └── EngineStopped       the engine was closed while a request was under way
+├── UsageError                  the caller can mend it: the message says the rule and the way out
+│   ├── ConfigError             an option, or a combination of options
+│   ├── ModelError              a model's folder, config, weights or tokenizer
+│   │   └── UnsupportedModel    well-formed, but we would run it wrongly or not at all
+│   ├── RequestError            one request; carries the name of the field
+│   └── MemoryPlanError         the model, or one sequence of it, does not fit
+└── EngineError                 the engine failed, not the caller
+    ├── StepFailed              a device step raised; its requests are recomputed or ended
+    └── EngineStopped           the engine was closed while a request was under way
 """
 
 

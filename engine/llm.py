@@ -167,15 +167,14 @@ class LLM:
             return [params] * len(prompts)
         if not isinstance(params, (list, tuple)):
             raise RequestError(
-                f"sampling_params must be SamplingParams or a list of them, got "
+                "sampling_params must be SamplingParams or a list of them, got "
                 f"{type(params).__name__}",
                 field="sampling_params",
             )
         if len(params) != len(prompts):
             raise RequestError(
-                f"there are {len(prompts)} prompts and {len(params)} sampling_params; give one for "
-                "all or one "
-                "for each",
+                f"there are {len(prompts)} prompts and {len(params)} sampling_params; give one "
+                "for all or one for each",
                 field="sampling_params",
             )
         return list(params)

@@ -134,11 +134,6 @@ def cpu_kv_budget(memory: HostMemory) -> int:
     return int(min(CPU_KV_BYTES, CPU_KV_SHARE * memory.available))
 
 
-def context_that_fits(num_pages: int, page_size: int, num_groups: int) -> int:
-    """Tokens of one sequence alone in the pool."""
-    return max(num_pages - 1, 0) // num_groups * page_size
-
-
 def require_room(num_pages: int, needed: int, max_model_len: int, longest: int) -> None:
     """Raise MemoryPlanError unless one sequence of max_model_len fits the pool."""
     if num_pages - 1 >= needed:

@@ -4,6 +4,7 @@ Reads no weights. Whatever is wrong with the files is said here, before memory i
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _load_tokenizer(source: ModelSource, config: EngineConfig) -> Tokenizer:
         ).folder
     template = config.chat_template
     if template is not None and "{" not in template:
-        path = Path(template).expanduser()
+        path = Path(os.path.expanduser(template))
         if not path.is_file():
             raise ConfigError(
                 f"chat_template {template!r} is neither a file nor a Jinja template; give one"

@@ -46,8 +46,7 @@ def find_model(
     if not _HUB_ID.fullmatch(hub_id):
         raise ModelError(
             f"{name!r} is neither a folder nor a hub id; give a path (./{name} if it is a folder "
-            "here) or "
-            "org/name[@revision]"
+            "here) or org/name[@revision]"
         )
     if at and revision and at != revision:
         raise ModelError(

@@ -61,8 +61,8 @@ _NOT_AVAILABLE = {
     "guided_grammar": _NO_GRAMMAR,
     "response_format": _NO_GRAMMAR,
     "logits_processors": (
-        "per-request Python callables cannot run in a compiled step; "
-        "use logit_bias, allowed_token_ids or bad_words"
+        "per-request Python callables cannot run in a compiled step; use logit_bias, "
+        "allowed_token_ids or bad_words"
     ),
     "truncate_prompt_tokens": "prompts are never cut silently; shorten the prompt before sending",
     "extra_args": "there are no plug-ins that would read it; leave it out",
@@ -115,8 +115,8 @@ class SamplingParams:
         """Refuse unknown names here, before the generated __init__ would with a bare TypeError."""
         if positional:
             raise RequestError(
-                f"SamplingParams takes keyword arguments only, got {positional[0]!r}; "
-                "write for example SamplingParams(temperature=0.7)"
+                f"SamplingParams takes keyword arguments only, got {positional[0]!r}; write for "
+                "example SamplingParams(temperature=0.7)"
             )
         for name in given:
             if name not in cls.__dataclass_fields__:

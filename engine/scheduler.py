@@ -155,14 +155,14 @@ class Scheduler:
             raise RequestError(f"{name} has an empty prompt; send at least one token")
         if request.num_known >= max_known:
             raise RequestError(
-                f"{name} has {request.num_known} tokens and may have {max_known}: "
-                "there is none to sample; shorten the prompt or raise max_tokens"
+                f"{name} has {request.num_known} tokens and may have {max_known}: there is none to "
+                "sample; shorten the prompt or raise max_tokens"
             )
         if not self.can_ever_fit(request):
             raise RequestError(
                 f"{name} may need {self.pages_for(max_known - 1)} KV pages and there are "
-                f"{self.pool.num_usable}; "
-                "shorten the prompt, lower max_tokens or give the KV cache more memory"
+                f"{self.pool.num_usable}; shorten the prompt, lower max_tokens or give the KV "
+                "cache more memory"
             )
         insort(self._waiting, request, key=self.config.policy)
 

@@ -3,7 +3,9 @@
 Everything that can be refused is refused before memory is taken.
 """
 
+import os
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,9 +59,8 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
             f"tensor_parallel_size = {config.tensor_parallel_size} is not available: tensor "
             "parallelism is not implemented yet; use 1"
         )
-    cache = open_cache(
-        Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-    )
+    given = config.cache_dir
+    cache = open_cache(Path(os.path.expanduser(given)) if given else default_cache_dir())
     files = open_model(config)
     say(files.line())
     sizes = Sizes.resolve(config)
@@ -75,7 +76,8 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
         # Reading files and compiling need different things; they go side by side.
         loading = pool.submit(build.weights)
         if not config.lazy_compile:
-            report = runner.compile()
+            with _bar("programs", len(runner.program_specs()), unit="program") as bar:
+                report = runner.compile(lambda _: bar.update())
             say(report.line())
             _note_useless_cache(cache, report, say)
         plan = build.memory_plan(runner)
@@ -143,10 +145,13 @@ class _Builder:
         if checkpoint is None:
             return dummy_weights(params, self.format, self.mesh, self.config.seed)
         is_unused = self.files.info.model.is_unused
-        try:
-            return load_weights(checkpoint, params, self.format, self.mesh, is_unused)
-        except CheckpointError as error:
-            raise ModelError(str(error)) from error
+        with _bar("weights", self.weight_bytes(), unit="B", unit_scale=True, position=1) as bar:
+            try:
+                return load_weights(
+                    checkpoint, params, self.format, self.mesh, is_unused, bar.update
+                )
+            except CheckpointError as error:
+                raise ModelError(str(error)) from error
 
     def weight_bytes(self) -> int:
         return weight_bytes(self.files.info.model.params(), self.format)
@@ -172,6 +177,14 @@ class _Builder:
             page_bytes=page_bytes(self.layout, self.sizes.page_size, self.files.kv_dtype),
             limit=memory.host_memory().total,
         )
+
+
+def _bar(name: str, total: int, **options: Any) -> Any:
+    """A progress bar, on a terminal only."""
+    from tqdm.auto import tqdm
+
+    is_hidden = not sys.stderr.isatty()
+    return tqdm(total=total, desc=name, leave=False, disable=is_hidden, **options)
 
 
 def _note_useless_cache(cache: Path, report: CompileReport, say: Say) -> None:

@@ -64,8 +64,8 @@ class Checkpoint:
                 if name in self._tensors:
                     other = self._tensors[name].path.name
                     raise CheckpointError(
-                        f"tensor {name!r} is in both {other} and {path.name} of {folder}; "
-                        "remove the file that does not belong to this model"
+                        f"tensor {name!r} is in both {other} and {path.name} of {folder}; remove "
+                        "the file that does not belong to this model"
                     )
                 self._tensors[name] = tensor
 
@@ -223,8 +223,15 @@ def load_weights(
         joined = np.empty(param.shape, weight_format.dtype)
         row = 0
         for part, piece in zip(parts, param.slices, strict=True):
-            joined[row : row + piece.rows] = part
+            with np.errstate(over="ignore"):  # said below, with the tensor's name
+                joined[row : row + piece.rows] = part
             row += piece.rows
+        if weight_format.dtype == np.float16 and not np.isfinite(joined).all():
+            names = ", ".join(s.tensor for s in param.slices)
+            raise CheckpointError(
+                f"{names}: values beyond float16's 65504 would become infinite; use dtype bfloat16 or "
+                "float32"
+            )
         array = jax.device_put(joined, NamedSharding(mesh, partition(param.axes)))
         progress(joined.nbytes)
         return weight_format.wrap(param, array)
@@ -264,8 +271,7 @@ def check_names(checkpoint: Checkpoint, params: Any, is_unused: Callable[[str], 
     if problems:
         raise CheckpointError(
             f"the weights in {checkpoint.folder} are not those its config.json describes; "
-            f"{'; '.join(problems)}. "
-            "Take config and weights from the same revision"
+            f"{'; '.join(problems)}. Take config and weights from the same revision"
         )
 
 

@@ -104,8 +104,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         seconds = time.perf_counter() - started
         print(
             f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s, first "
-            "after "
-            f"{((first or started) - started) * 1000:.0f} ms",
+            f"after {((first or started) - started) * 1000:.0f} ms",
             file=sys.stderr,
         )
     return 0

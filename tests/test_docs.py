@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from quire.serving.options_page import page
 
 ROOT = Path(__file__).parent.parent

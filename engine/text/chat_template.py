@@ -110,8 +110,7 @@ def _checked_content(content: object, where: str, keep_parts: bool) -> object:
         if kind != "text" or not isinstance(text, str):
             raise RequestError(
                 f'{where}[{index}] must be {{"type": "text", "text": …}}, got type {kind!r}; only '
-                "text "
-                "is understood",
+                "text is understood",
                 field=f"{where}[{index}]",
             )
         texts.append(text)
@@ -165,7 +164,7 @@ def _mark_final_message(chat: list[dict[str, Any]]) -> None:
         content[-1]["text"] += _CONTINUE
     else:
         raise RequestError(
-            f"continue_final_message needs a text to continue, but the content of "
+            "continue_final_message needs a text to continue, but the content of "
             f"messages[{len(chat) - 1}] is {content!r}; give the beginning of the answer as its "
             "content",
             field="continue_final_message",

@@ -170,9 +170,8 @@ class Tokenizer:
             return compile_chat_template(known["default"])
         if known:
             raise RequestError(
-                f"this model has several chat templates and none is the default; pass "
-                "chat_template= "
-                f"one of {', '.join(known)}",
+                "this model has several chat templates and none is the default; pass "
+                f"chat_template= one of {', '.join(known)}",
                 field="chat_template",
             )
         raise RequestError(

@@ -209,8 +209,7 @@ class ConfigReader:
         if types is not None and (len(types) != num_layers or any(t not in known for t in types)):
             raise ConfigError(
                 f"{self._source}: layer_types must list {num_layers} layers, each "
-                f"{' or '.join(known)}; "
-                f"got {len(types)}: {types[:4]}"
+                f"{' or '.join(known)}; got {len(types)}: {types[:4]}"
             )
         return types
 
@@ -305,6 +304,6 @@ class ConfigReader:
         hints = "".join(f"; is {k} meant to be {m[0]}?" for k, m in sorted(near.items()) if m)
         raise ConfigError(
             f"{self._source} has keys that quire does not know, so the model might be run wrongly: "
-            f"{listed}{hints}. "
-            f"If they cannot change the answer, pass --ignore-config-keys {','.join(sorted(left))}"
+            f"{listed}{hints}. If they cannot change the answer, pass --ignore-config-keys "
+            f"{','.join(sorted(left))}"
         )

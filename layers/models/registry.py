@@ -42,8 +42,7 @@ def read_model(folder: Path, ignored_keys: Collection[str] = ()) -> ModelInfo:
         near = difflib.get_close_matches(model_type, _READ_BY_MODEL_TYPE, 1, cutoff=0.0)
         raise ConfigError(
             f"{folder / 'config.json'}: model_type {model_type!r} is not implemented; the nearest "
-            f"is {near[0]!r}, "
-            f"and quire runs {', '.join(_READ_BY_MODEL_TYPE)}"
+            f"is {near[0]!r}, and quire runs {', '.join(_READ_BY_MODEL_TYPE)}"
         )
     spec = _READ_BY_MODEL_TYPE[model_type](reader)
     old, new = reader.take("torch_dtype", str, None), reader.take("dtype", str, None)

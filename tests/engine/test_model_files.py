@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from quire.engine.config import EngineConfig
 from quire.engine.errors import ConfigError, ModelError, UnsupportedModel
 from quire.engine.model_files import ModelFiles, open_model

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import pytest
-
 from quire import LLM
 from quire.engine.runner import Runner
 

@@ -31,8 +31,8 @@ def test_options_without_effect_are_said_once_with_the_reason():
     with pytest.warns(UserWarning, match="without effect here") as caught:
         assert translate({"swap_space": 4, "seed": 2, "trust_remote_code": True}) == {"seed": 2}
     assert [str(w.message) for w in caught] == [
-        "without effect here: swap_space (preempted requests are recomputed), "
-        "trust_remote_code (remote code is never executed; architectures are built in)"
+        "without effect here: swap_space (preempted requests are recomputed), trust_remote_code "
+        "(remote code is never executed; architectures are built in)"
     ]
 
 

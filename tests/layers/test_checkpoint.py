@@ -248,10 +248,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_exactly(tmp_path: P
     write(tmp_path, tensors | {"o.weight": noise(4, 3), "extra": noise(1), "old": noise(1)})
     message = refusal(load, tmp_path, F32, lambda name: name == "old")
     assert message == (
-        f"the weights in {tmp_path} are not those its config.json describes; "
-        "2 missing tensors: k.bias, v.weight; 1 unexpected tensors: extra; "
-        "1 tensors of another shape: o.weight: the config says [3, 4], the file has [4, 3]. "
-        "Take config and weights from the same revision"
+        f"the weights in {tmp_path} are not those its config.json describes; 2 missing tensors: "
+        "k.bias, v.weight; 1 unexpected tensors: extra; 1 tensors of another shape: o.weight: the "
+        "config says [3, 4], the file has [4, 3]. Take config and weights from the same revision"
     )
     write(tmp_path, TENSORS | {f"extra{i:02}": noise(1) for i in range(25)})
     message = refusal(load, tmp_path)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from quire import LLM, Logprob, SamplingParams
 from quire.engine.errors import ConfigError, RequestError
 

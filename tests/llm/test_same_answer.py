@@ -1,4 +1,4 @@
-"""A request's answer depends on nothing but the request: not on its batch, pages, chunks or luck."""
+"""An answer depends on nothing but its request: not on its batch, pages, chunks or luck."""
 
 from collections.abc import Iterator
 from functools import cache
