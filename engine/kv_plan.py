@@ -14,7 +14,7 @@ from . import memory
 from .config import EngineConfig
 from .errors import ConfigError, MemoryPlanError
 from .model_files import ModelFiles
-from .scheduler import pages_held
+from .page_pool import pages_held
 
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 _MAX_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}

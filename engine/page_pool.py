@@ -5,7 +5,7 @@ reads have a page that nobody writes.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 
 class PagePool:
@@ -115,3 +115,19 @@ class PagePool:
         if self.on_evict is not None:
             self.on_evict(page)
         return page
+
+
+def pages_held(
+    num_tokens: int, windows: Sequence[int | None], page_size: int, max_chunk: int
+) -> int:
+    """The most pages, over all groups, that one request of so many tokens holds at once."""
+    total = 0
+    for window in windows:
+        num_pages = -(-num_tokens // page_size)
+        if window is not None:
+            # A chunk and the keys its first query sees are this many tokens, at worst placed so
+            # that the first of them is the last of its page.
+            span = window - 1 + max_chunk
+            num_pages = min(num_pages, (span + page_size - 2) // page_size + 1)
+        total += num_pages
+    return total

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .errors import ConfigError, RequestError
-from .page_pool import PagePool
+from .page_pool import PagePool, pages_held
 from .prefix_cache import PrefixCache, PrefixHit, first_visible_page
 from .request import FinishReason, Request
 
@@ -88,22 +88,6 @@ class _Draft:
     longer: list[Chunk] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
-
-
-def pages_held(
-    num_tokens: int, windows: Sequence[int | None], page_size: int, max_chunk: int
-) -> int:
-    """The most pages, over all groups, that one request of so many tokens holds at once."""
-    total = 0
-    for window in windows:
-        num_pages = -(-num_tokens // page_size)
-        if window is not None:
-            # A chunk and the keys its first query sees are this many tokens, at worst placed so
-            # that the first of them is the last of its page.
-            span = window - 1 + max_chunk
-            num_pages = min(num_pages, (span + page_size - 2) // page_size + 1)
-        total += num_pages
-    return total
 
 
 class Scheduler:

@@ -229,8 +229,8 @@ def load_weights(
         if weight_format.dtype == np.float16 and not np.isfinite(joined).all():
             names = ", ".join(s.tensor for s in param.slices)
             raise CheckpointError(
-                f"{names}: values beyond float16's 65504 would become infinite; use dtype bfloat16 or "
-                "float32"
+                f"{names}: values beyond float16's 65504 would become infinite; use dtype "
+                "bfloat16 or float32"
             )
         array = jax.device_put(joined, NamedSharding(mesh, partition(param.axes)))
         progress(joined.nbytes)

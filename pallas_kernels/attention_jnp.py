@@ -62,7 +62,9 @@ def paged_attention(
         )
         end = jnp.where(is_single, lax.dynamic_slice_in_dim(attend_to, first, ROWS_PER_BLOCK), 0)
         pages = lax.dynamic_slice_in_dim(table, first, ROWS_PER_BLOCK)
-        result = attend(rows, start[:, None], end[:, None], pages)
+        # A product of one row is computed another way, with other roundings, than one of several.
+        rows = jnp.repeat(rows, max(1, 2 // group), axis=2)
+        result = attend(rows, start[:, None], end[:, None], pages)[:, :, :group]
         return lax.dynamic_update_slice_in_dim(out, result.astype(out.dtype), first, 0)
 
     def item(i, out):

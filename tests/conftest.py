@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -12,6 +13,10 @@ REFERENCE = Path(__file__).parent / "reference"
 CACHE = Path(tempfile.gettempdir()) / f"quire-tests-{os.geteuid()}"
 os.environ.setdefault("QUIRE_CACHE_DIR", str(CACHE))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The first example of a jitted test pays for its compilation; how long it takes is no property.
+settings.register_profile("quire", deadline=None)
+settings.load_profile("quire")
 
 
 @pytest.fixture(scope="session")

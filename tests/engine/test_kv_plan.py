@@ -14,7 +14,7 @@ from quire.engine.kv_plan import (
     table_width,
 )
 from quire.engine.model_files import open_model
-from quire.engine.scheduler import pages_held
+from quire.engine.page_pool import pages_held
 from quire.layers.kv_pages import page_bytes, plan_layout
 
 REFERENCE = Path(__file__).parent.parent / "reference"

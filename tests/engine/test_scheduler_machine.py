@@ -5,7 +5,6 @@ salt: what the KV there depends on. Each query of each chunk then finds its own 
 page it can see, or a page was shared wrongly, freed too early or evicted under its owner.
 """
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -306,27 +305,3 @@ def test_scheduler_audit_finds_corruption(corrupt: str):
         first.pages[0][0] = 0
     with pytest.raises(AssertionError):
         scheduler.audit()
-
-
-def test_scheduler_decode_step_of_256_requests_is_under_two_milliseconds():
-    """Measured 0.5 ms; the margin is for slower machines, the median for their noise."""
-    scheduler = make_scheduler(
-        page_size=16,
-        num_pages=10_000,
-        num_slots=256,
-        max_num_batched_tokens=8192,
-        max_model_len=4096,
-        windows=(None,),
-        enable_prefix_caching=True,
-    )
-    for arrival in range(256):
-        scheduler.add(make_request(arrival, 20, max_tokens=1000))
-    times_s = []
-    for _ in range(50):
-        start_s = time.thread_time()
-        plan = scheduler.schedule(0.0)
-        times_s.append(time.thread_time() - start_s)
-        assert len(plan.chunks) == 256
-        for chunk in plan.chunks:
-            scheduler.on_token(chunk.request, 7)
-    assert sorted(times_s)[25] < 2e-3

@@ -182,10 +182,25 @@ def test_answer_does_not_depend_on_what_others_left_in_memory(family: str) -> No
         compare(run(llm, requests()), family)
 
 
-@pytest.mark.parametrize("variant", ["batch", "page size 4", "budget 256"])
-def test_bfloat16_answer_does_not_depend_on_the_batch(variant: str) -> None:
-    with start(FAMILY, **VARIANTS.get(variant, {}), dtype="bfloat16") as llm:
-        compare(run(llm, requests()), dtype="bfloat16")
+@pytest.mark.parametrize("family", [FAMILY, "llama2_mha", "qwen3"])
+def test_bfloat16_answer_is_the_same_to_the_last_bit(family: str) -> None:
+    """Logprobs too: no order of summation depends on the batch, the bucket or the chunks."""
+    cases = [
+        (p, SamplingParams(temperature=0, max_tokens=4, logprobs=3, ignore_eos=True))
+        for p in prompts()
+    ]
+    variants: list[dict[str, Any]] = [
+        {"max_num_seqs": 1, "enable_prefix_caching": False},
+        {},
+        {"max_num_batched_tokens": 16, "token_buckets": (2, 16)},
+        {"max_num_batched_tokens": 256, "token_buckets": (8, 32, 256)},
+    ]
+    answers = []
+    for options in variants:
+        with start(family, dtype="bfloat16", **options) as llm:
+            outputs = run(llm, cases)
+        answers.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs])
+    assert answers[1:] == answers[:1] * 3
 
 
 @pytest.fixture(scope="module", autouse=True)
