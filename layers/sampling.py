@@ -15,6 +15,7 @@ from jax import lax
 
 from .batch import FLAG_FILTERS, FLAG_MASKS, FLAG_PENALTIES
 from .param import Leaf
+from .reductions import sum_last
 from .rows import RowState, unpack_bits
 
 BLOCK = 128  # sums and maxima over the vocabulary go in two levels of this width
@@ -113,7 +114,7 @@ def sample(
 def token_logprobs(logits: jax.Array, tokens: jax.Array, k: int) -> TokenLogprobs:
     """logits: f32[rows, vocab], raw; tokens: i32[rows]; k up to the vocabulary."""
     highest = logits.max(-1, keepdims=True)
-    norm = highest + jnp.log(jnp.exp(logits - highest).sum(-1, keepdims=True))
+    norm = highest + jnp.log(sum_last(jnp.exp(logits - highest)))
     value = jnp.take_along_axis(logits, tokens[:, None], axis=-1, mode="clip")
     rank = 1 + (logits > value).sum(-1, dtype=jnp.int32)
     if k == 0:
@@ -147,7 +148,7 @@ def draw(x: jax.Array, threshold: jax.Array, uniform: jax.Array) -> jax.Array:
     highest = x.max(-1, keepdims=True)
     weights = jnp.where(x >= threshold[:, None], jnp.exp(x - highest), 0.0)
     blocks = _blocks(weights, 0.0)
-    sums = blocks.sum(-1)  # [rows, blocks]
+    sums = sum_last(blocks)[..., 0]  # [rows, blocks]
     ends = jnp.cumsum(sums, axis=-1)
     target = uniform * ends[:, -1]
     block = _first_above(ends, target, sums)
@@ -195,7 +196,7 @@ def _threshold(
     # What min-p and top-k leave: with every tie of the last one, also those past `ordered`.
     cut = jnp.maximum(floor, jnp.where(top_k < x.shape[-1], kth[:, 0], _MASKED))[:, None]
     highest = ordered[:, :1]
-    wanted = top_p * jnp.where(x >= cut, jnp.exp(x - highest), 0.0).sum(-1)
+    wanted = top_p * sum_last(jnp.where(x >= cut, jnp.exp(x - highest), 0.0))[:, 0]
     weights = jnp.where(ordered >= cut, jnp.exp(ordered - highest), 0.0)
     ends = jnp.cumsum(weights, axis=-1)
     # The first token is always kept; another one while what came before it is short of top_p.
