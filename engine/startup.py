@@ -179,12 +179,26 @@ class _Builder:
         )
 
 
+class _NoBar:
+    """Where there is no terminal."""
+
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, _: int = 1) -> None:
+        pass
+
+
 def _bar(name: str, total: int, **options: Any) -> Any:
     """A progress bar, on a terminal only."""
+    if not sys.stderr.isatty():
+        return _NoBar()
     from tqdm.auto import tqdm
 
-    is_hidden = not sys.stderr.isatty()
-    return tqdm(total=total, desc=name, leave=False, disable=is_hidden, **options)
+    return tqdm(total=total, desc=name, leave=False, **options)
 
 
 def _note_useless_cache(cache: Path, report: CompileReport, say: Say) -> None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from ..pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
 from .context import Context
@@ -23,7 +22,8 @@ class HeadShape:
     spec: AttentionSpec
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Attention:
     """The weights of one attention layer; q, k and v fused."""
 

@@ -5,17 +5,18 @@ line to _LINEAR_BY_TYPE.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from .context import Context
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DenseWeight:
     """A matrix held as it is."""
 

@@ -1,15 +1,17 @@
 """Feed-forward layers."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from .context import Context
 from .linear import linear, linear_sum
 from .param import Leaf
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class GatedMlp:
     """The weights of down(silu(gate x) * up x), gate and up fused."""
 

@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_TERMS = 32  # numbers added one by one in one kernel
+_TERMS = 32  # numbers added up by one kernel
 
 
 def sum_last(x: jax.Array) -> jax.Array:
-    """Sum over the last axis, which is kept with size 1."""
+    """Sum over the last axis, which is kept with size 1: halves are added until one is left."""
     while x.shape[-1] > 1:
-        missing = -x.shape[-1] % _TERMS if x.shape[-1] > _TERMS else 0
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-        width = max(1, x.shape[-1] // _TERMS)
-        terms = [x[..., i : i + width] for i in range(0, x.shape[-1], width)]
+        terms = min(_TERMS, 1 << (x.shape[-1] - 1).bit_length())
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % terms)])
+        width = x.shape[-1] // terms
+        while x.shape[-1] > width:
+            low, high = jnp.split(x, 2, axis=-1)
+            x = low + high
         # A barrier, or the levels become one kernel that loads everything for each number.
-        x = lax.optimization_barrier(sum(terms[1:], terms[0]))
+        x = lax.optimization_barrier(x)
     return x

@@ -5,17 +5,19 @@ The programs advance it (last token, output count, token counts); the host only 
 rows, so a row cannot carry over anything of the request that had it before.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from .param import Leaf
 
 MAX_BIASES = 300  # logit_bias pairs a row can hold
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class RowState:
     """Everything `sample` knows about a row. words = ceil(vocab / 32); bit i of word j is token 32
     j + i.
@@ -40,7 +42,8 @@ class RowState:
     counts: Leaf  # i16[slots, vocab], of output tokens
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class RowTables:
     """The wide part of one row, sent only for requests that use it."""
 

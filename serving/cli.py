@@ -80,7 +80,8 @@ _SAMPLING_FLAGS = {
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    options = given_options(arguments, EngineConfig)
+    # One prompt needs one row: fewer programs and pages than an engine that serves many.
+    options = {"max_num_seqs": 1} | given_options(arguments, EngineConfig)
     names = (*_SAMPLING_FLAGS, "stop", "ignore_eos")
     given = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     SamplingParams(**given)  # refuse what is out of range before JAX is loaded

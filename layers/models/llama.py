@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import struct
 
 from ...pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
 from ..attention import Attention, HeadShape, attention
@@ -48,7 +47,8 @@ class DecoderSpec:
         return len(self.windows)
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Block:
     attention_norm: Any  # [hidden]
     attention: Attention
@@ -56,7 +56,8 @@ class Block:
     mlp: GatedMlp
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Weights:
     embedding: Any  # [vocab, hidden]
     blocks: tuple[Block, ...]

@@ -1,5 +1,6 @@
 """One bad row, or one failed step, ends or delays what it must and nothing else."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,9 @@ def poison_embedding(llm: LLM) -> None:
     table = runner._weights.embedding
     values = np.array(table)
     values[POISONED_TOKEN] = np.nan
-    runner._weights = runner._weights.replace(embedding=jax.device_put(values, table.sharding))
+    clean = runner._weights
+    poisoned = jax.device_put(values, table.sharding)
+    runner._weights = dataclasses.replace(clean, embedding=poisoned)
 
 
 def test_row_with_nan_ends_alone() -> None:
