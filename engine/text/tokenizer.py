@@ -212,9 +212,8 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     )
     raise ModelError(
         f"{path} has {found} but no tokenizer.json; add the one that was published with the model, "
-        "or make it with the command below (pip install transformers sentencepiece protobuf "
-        "tiktoken; check it: transformers 5 differs from sentencepiece on leading and repeated "
-        "spaces)\n"
+        "or make one (after pip install transformers sentencepiece protobuf tiktoken; check it: "
+        "transformers 5 differs from sentencepiece on leading and repeated spaces) with: "
         f"{command}"
     )
 

@@ -4,12 +4,11 @@ import random
 
 import jax
 import jax.numpy as jnp
+import pytest
 from quire import SamplingParams
 from quire.engine.compiler import num_compile_events
 
 from .engines import start
-
-NUM_REQUESTS = 2000
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -42,18 +41,19 @@ def random_params(rng: random.Random) -> SamplingParams:
     return SamplingParams(**params)
 
 
-def test_soak_of_mixed_requests_compiles_nothing() -> None:
+@pytest.mark.parametrize("num_requests", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_soak_of_mixed_requests_compiles_nothing(num_requests: int) -> None:
     rng = random.Random(1)
     prompts = [
         [rng.randrange(3, 512) for _ in range(rng.choice((1, 2, 7, 16, 33, 90, 140)))]
-        for _ in range(NUM_REQUESTS)
+        for _ in range(num_requests)
     ]
     params = [random_params(rng) for _ in prompts]
     with start("llama32_tied", kv_cache_memory_bytes=4 << 20, max_model_len=256) as llm:
         before = num_compile_events()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert num_compile_events() == before
-        assert len(outputs) == NUM_REQUESTS
+        assert len(outputs) == num_requests
         assert all(a.finish_reason for o in outputs for a in o.outputs)
         llm._engine.core.scheduler.audit()
         # The counter does see one eager operation.

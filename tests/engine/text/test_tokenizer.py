@@ -135,7 +135,7 @@ def test_tokenizer_token_text_of_a_lone_byte(tekken):
 def test_tokenizer_without_tokenizer_json_gives_a_command_that_works(sentencepiece_folder):
     with pytest.raises(ModelError, match=r"has tokenizer\.model but no tokenizer\.json") as caught:
         Tokenizer.from_folder(sentencepiece_folder)
-    message, command = str(caught.value).split("\n")
+    message, _, command = str(caught.value).partition(" with: ")
     assert "pip install transformers sentencepiece protobuf tiktoken" in message
     words = shlex.split(command)
     assert words[:2] == ["python", "-c"]
