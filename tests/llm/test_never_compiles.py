@@ -57,5 +57,5 @@ def test_soak_of_mixed_requests_compiles_nothing(num_requests: int) -> None:
         assert all(a.finish_reason for o in outputs for a in o.outputs)
         llm._engine.core.scheduler.audit()
         # The counter does see one eager operation.
-        jax.block_until_ready(jnp.ones((3, 5, 7)) * 2)
+        jax.block_until_ready(jnp.ones((3, 5, num_requests)) * 2)
         assert num_compile_events() > before
