@@ -1,5 +1,6 @@
 """A request's parameters on their way to the device: pack_row, pack_tables, update_rows."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -90,7 +91,7 @@ def test_counts_stop_at_the_end_of_their_type():
     """A token sampled 32768 times made its count negative, and its penalty a reward."""
     request = make_request(temperature=0.0, frequency_penalty=1e-3)
     state = on_device(request)
-    state = state.replace(counts=np.full((SLOTS, VOCAB), 2**15 - 1, np.int16))
+    state = dataclasses.replace(state, counts=np.full((SLOTS, VOCAB), 2**15 - 1, np.int16))
     mask = np.full((1, rows.num_words(VOCAB)), 0xFFFFFFFF, np.uint32)
     logits = np.linspace(0, 1, VOCAB, dtype=np.float32)[None]
     _, after = run_sample(logits, state, np.array([1]), np.ones(4, np.int32), mask)
