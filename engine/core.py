@@ -16,6 +16,7 @@ from ..layers import rows
 from ..layers.programs import SCORE_ROWS, Hidden, Variant
 from ..layers.sampling import Sampled, TokenLogprobs
 from .batch_builder import BatchBuilder, PackedStep
+from .errors import RequestError
 from .metrics import CoreMetrics
 from .request import FinishReason, Request
 from .row_packer import RowNeeds, ban_completions, pack_row, pack_tables, row_needs
@@ -109,7 +110,7 @@ class EngineCore:
         """depth: steps in flight while the next one is planned, 0 or 1."""
         self.scheduler = scheduler
         self.metrics = CoreMetrics()
-        self._runner = runner
+        self.runner = runner
         self._builder = BatchBuilder(runner.buckets)
         self._eos_ids = eos_ids
         self._depth = depth
@@ -128,7 +129,8 @@ class EngineCore:
     def submit(self, submission: Submission) -> None:
         """Queue a request that was checked. Raises RequestError when it can never fit."""
         s = submission
-        assert s.request_id not in self._tracked, f"request id {s.request_id!r} is in use"
+        if s.request_id in self._tracked:
+            raise RequestError(f"the request id {s.request_id!r} is in use", field="request_id")
         self._num_arrived += 1
         request = Request(
             s.request_id, s.prompt_token_ids, s.params, self._num_arrived,
@@ -160,6 +162,10 @@ class EngineCore:
         except Exception as error:
             # The border of a step: whatever the device raised, the loop goes on with the others.
             self._recover(error)
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[StepOutput]:
+        """What was read and not yet returned; step() does this, unless it raised."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -171,7 +177,7 @@ class EngineCore:
         tracked = [self._tracked[chunk.request.request_id] for chunk in plan.chunks]
         self._write_rows(plan)
         step = self._builder.build(plan, [t.needs for t in tracked])
-        hidden = self._runner.forward(step.packed, step.layout.tokens)
+        hidden = self.runner.forward(step.packed, step.layout.tokens)
         scores = tuple(self._score(plan, step, hidden))
         sampled = logprobs = None
         sampling = [t for t, chunk in zip(tracked, plan.chunks, strict=True) if chunk.samples]
@@ -181,10 +187,10 @@ class EngineCore:
                 while self._pending:
                     self._read(self._pending.popleft())
             mask = self._step_mask(plan, hidden)
-            sampled = self._runner.sample(hidden, _variant(sampling), mask)
+            sampled = self.runner.sample(hidden, _variant(sampling), mask)
             sampled.token_and_flag.copy_to_host_async()
             if any(t.needs.logprobs for t in sampling):
-                logprobs = self._runner.score(hidden.rows, 0, sampled.token)
+                logprobs = self.runner.score(hidden.rows, 0, sampled.token)
         self._pending.append(_InFlight(plan.chunks, sampled, logprobs, scores))
 
     def _write_rows(self, plan: StepPlan) -> None:
@@ -199,15 +205,15 @@ class EngineCore:
             row = pack_row(request, first_by_slot[request.slot], self._vocab)
             if tracked.needs.tables:
                 tables = pack_tables(request, tracked.bad_words, tracked.stop_ids, self._vocab)
-                self._runner.update_rows(row[None], tables)
+                self.runner.update_rows(row[None], tables)
             else:
                 narrow.append(row)
         for at in range(0, len(narrow), ROWS_PER_UPDATE):
             packed = np.zeros((ROWS_PER_UPDATE, rows.NUM_COLUMNS), np.int32)
-            packed[:, 0] = self._runner.buckets.slots  # padding rows are dropped
+            packed[:, 0] = self.runner.buckets.slots  # padding rows are dropped
             some = narrow[at : at + ROWS_PER_UPDATE]
             packed[: len(some)] = some
-            self._runner.update_rows(packed)
+            self.runner.update_rows(packed)
 
     def _score(self, plan: StepPlan, step: PackedStep, hidden: Hidden) -> list[_Scores]:
         """Dispatch the prompt logprobs that this step's hidden states give."""
@@ -223,7 +229,7 @@ class EngineCore:
                 count = min(SCORE_ROWS, end - first)
                 targets = np.zeros(SCORE_ROWS, np.int32)
                 targets[:count] = request.token_ids(first + 1, count)
-                result = self._runner.score(
+                result = self.runner.score(
                     hidden.tokens, first_token + first - chunk.first, targets
                 )
                 scores.append(_Scores(request, first, count, result))
@@ -318,9 +324,9 @@ class EngineCore:
         return PositionLogprobs(token_id, chosen, rank, top_ids, top)
 
     def _keep_scores(self, scores: _Scores) -> None:
-        tracked = self._tracked.get(scores.request.request_id)
-        if tracked is None:
+        if scores.request.finish_reason is not None:
             return
+        tracked = self._tracked[scores.request.request_id]
         wanted = scores.request.params.prompt_logprobs
         assert wanted is not None
         result = TokenLogprobs(*(np.asarray(a) for a in scores.result))
@@ -357,7 +363,7 @@ class EngineCore:
             if request.num_failures >= _MAX_FAILURES:
                 why = f"its steps failed {request.num_failures} times: {error}"
                 self._end(tracked, FinishReason.ERROR, why)
-        self._runner.allocate()
+        self.runner.allocate()
 
 
 def _variant(sampling: list[_Tracked]) -> Variant:

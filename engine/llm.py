@@ -5,7 +5,8 @@ import hashlib
 import queue
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .collector import Collector
@@ -14,6 +15,7 @@ from .core import StepOutput, Submission
 from .errors import RequestError
 from .loop import EngineLoop
 from .outputs import RequestOutput, StreamDelta
+from .runner import Runner
 from .sampling_params import SamplingParams
 from .startup import Engine, start_engine
 from .text.tokenizer import Tokenizer
@@ -41,6 +43,8 @@ class LLM:
         )
         self._seed = keywords.get("seed", 0)
         self._loop = EngineLoop(self._engine.core)
+        # Also when it is dropped, and at exit: a thread inside XLA would abort the interpreter.
+        self._finalizer = weakref.finalize(self, _shut_down, self._loop, self._engine.core.runner)
         self._lock = threading.Lock()
         self._num_requests = 0
         self._limits = TokenLimits(
@@ -147,8 +151,8 @@ class LLM:
     # Life
 
     def close(self) -> None:
-        """Stop the engine and free its memory. Requests under way end with `abort`."""
-        self._loop.close()
+        """Stop the engine and free its memory. Requests under way end with EngineStopped."""
+        self._finalizer()
 
     def __enter__(self) -> "LLM":
         return self
@@ -251,11 +255,11 @@ class LLM:
         return [collector.result() for collector in collectors]
 
     def _stream(self, request: TextRequest) -> "Stream":
-        outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        outputs: queue.SimpleQueue[StepOutput | None] = queue.SimpleQueue()
         number, submissions = self._submissions(request)
         collector = Collector(number, request, self.get_tokenizer())
         self._loop.submit(submissions, outputs.put)
-        return Stream(self._loop, outputs, collector, [s.request_id for s in submissions])
+        return Stream(self, outputs, collector, [s.request_id for s in submissions])
 
 
 class Stream:
@@ -265,12 +269,13 @@ class Stream:
 
     def __init__(
         self,
-        loop: EngineLoop,
-        outputs: "queue.SimpleQueue[StepOutput]",
+        llm: LLM,
+        outputs: "queue.SimpleQueue[StepOutput | None]",
         collector: "Collector",
         request_ids: list[str],
     ) -> None:
-        self._loop = loop
+        self._llm = llm  # kept: an engine that nobody holds is closed
+        self._loop = llm._loop
         self._outputs = outputs
         self._collector = collector
         self._choice_by_id = {request_id: i for i, request_id in enumerate(request_ids)}
@@ -299,29 +304,42 @@ class Stream:
         if self._choice_by_id:
             self._loop.abort(list(self._choice_by_id))
             self._choice_by_id.clear()
+            self._outputs.put(None)  # wakes whoever waits for the next delta
 
     def __del__(self) -> None:
         self.close()
 
-    def _take(self, output: StepOutput) -> StreamDelta | None:
-        choice = self._choice_by_id.get(output.request_id)
-        if choice is None:
+    def _take(self, output: StepOutput | None) -> StreamDelta | None:
+        choice = None if output is None else self._choice_by_id.get(output.request_id)
+        if output is None or choice is None:
             return None
         before = self._collector.mark(choice)
         is_done, must_abort = self._collector.add(output, choice)
         if must_abort:
             self._loop.abort([output.request_id])
         if is_done:
-            del self._choice_by_id[output.request_id]
+            self._choice_by_id.pop(output.request_id, None)
         return self._collector.delta_since(before, choice)
+
+
+def _shut_down(loop: EngineLoop, runner: Runner) -> None:
+    loop.close()
+    runner.release()
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt or many: a list of ints is one, a list of anything else is many."""
-    is_one = isinstance(prompts, (str, Mapping)) or (
-        isinstance(prompts, Sequence) and len(prompts) > 0 and all(type(p) is int for p in prompts)
-    )
-    return [prompts] if is_one else list(prompts)
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise RequestError(
+            f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}",
+            field="prompts",
+        )
+    listed = list(prompts)
+    return [listed] if listed and all(type(p) is int for p in listed) else listed
 
 
 def _derived_seed(engine_seed: int, number: int) -> int:

@@ -49,7 +49,8 @@ class EngineLoop:
         with self._wake:
             self._is_closing = True
             self._wake.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _require_open(self) -> None:
         if self._failure is not None:
@@ -75,6 +76,8 @@ class EngineLoop:
                     if not isinstance(command, str):
                         self._sinks[command[0].request_id] = command[1]
                 self._inbox.clear()
+            for output in self._core.take_outputs():
+                self._deliver(output)  # read before the failure: these stand
             why = str(self._failure) if self._failure else None
             reason = FinishReason.ABORT if self._failure is None else FinishReason.ERROR
             for request_id in list(self._sinks):
@@ -85,22 +88,35 @@ class EngineLoop:
         with self._wake:
             while not (self._inbox or self._core.has_work or self._is_closing):
                 self._wake.wait()
-            commands = list(self._inbox)
-            self._inbox.clear()
-            if self._is_closing:
-                return False
-        for command in commands:
+        while True:
+            # One at a time, and its sink known before it is out of the inbox: whatever happens in
+            # between, the caller gets an end.
+            with self._wake:
+                if self._is_closing:
+                    return False
+                if not self._inbox:
+                    return True
+                command = self._inbox.popleft()
+                if isinstance(command, str):
+                    self._sinks.pop(command, None)
+                    request_id, is_new = command, False
+                else:
+                    request_id = command[0].request_id
+                    is_new = request_id not in self._sinks
+                    self._sinks.setdefault(request_id, command[1])
             if isinstance(command, str):
-                self._sinks.pop(command, None)
-                self._core.abort(command)
+                self._core.abort(request_id)
+            elif is_new:
+                self._submit(command[0])
             else:
-                submission, sink = command
-                self._sinks[submission.request_id] = sink
-                try:
-                    self._core.submit(submission)
-                except UsageError as error:
-                    self._deliver(_ended(submission.request_id, FinishReason.ERROR, str(error)))
-        return True
+                why = f"the request id {request_id!r} is in use; give each request its own"
+                command[1](_ended(request_id, FinishReason.ERROR, why))
+
+    def _submit(self, submission: Submission) -> None:
+        try:
+            self._core.submit(submission)
+        except UsageError as error:
+            self._deliver(_ended(submission.request_id, FinishReason.ERROR, str(error)))
 
     def _deliver(self, output: StepOutput) -> None:
         if output.finish_reason is None:

@@ -16,8 +16,9 @@ from ..layers.checkpoint import Checkpoint, CheckpointError, check_names
 from ..layers.models.config_reader import ConfigError as ModelConfigError
 from ..layers.models.registry import ModelInfo, read_model
 from .config import EngineConfig
-from .errors import ConfigError, ModelError, UnsupportedModel
+from .errors import ConfigError, ModelError, RequestError, UnsupportedModel
 from .model_source import ModelSource, find_model
+from .sampling_params import SamplingParams
 from .text.tokenizer import Tokenizer
 
 _DTYPE_BY_NAME: dict[str, np.dtype[Any]] = {
@@ -74,17 +75,16 @@ def open_model(config: EngineConfig) -> ModelFiles:
             raise ModelError(str(error)) from error
     tokenizer = _load_tokenizer(source, config)
     texts = {name: _read_json(source.folder / name) for name in _GENERATION_FILES}
+    defaults = _sampling_defaults(texts["generation_config.json"])
+    if config.generation_config == "auto":
+        _check_defaults(source.folder, defaults)
     return ModelFiles(
         source=source,
         info=info,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
         dtype=_dtype(config, info),
-        default_sampling=(
-            _sampling_defaults(texts["generation_config.json"])
-            if config.generation_config == "auto"
-            else {}
-        ),
+        default_sampling=defaults if config.generation_config == "auto" else {},
         eos_ids=_eos_ids(source.folder, texts, tokenizer, info.model.vocab_size),
     )
 
@@ -130,14 +130,23 @@ def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
+def _check_defaults(folder: Path, defaults: dict[str, Any]) -> None:
+    try:
+        SamplingParams(**defaults)
+    except RequestError as error:
+        raise ModelError(
+            f"{folder / 'generation_config.json'}: {error}; generation_config='none' passes it over"
+        ) from error
+
+
 def _eos_ids(
     folder: Path, texts: dict[str, dict[str, Any]], tokenizer: Tokenizer, vocab: int
 ) -> frozenset[int]:
     """The end-of-sequence ids that any of the model's files names."""
-    found: set[Any] = {tokenizer.eos_token_id} - {None}
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts.values():
         ids = text.get("eos_token_id")
-        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     bad = [i for i in found if not isinstance(i, int) or isinstance(i, bool)]
     if bad:
         raise ModelError(f"{folder}: eos_token_id must be token ids, got {bad}")

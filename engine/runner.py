@@ -123,6 +123,11 @@ class Runner:
         made = self._program("allocate", self._lower_allocate)()
         self._kv, self._rows, self._lengths, self._open_masks = made
 
+    def release(self) -> None:
+        """Free every device array and program; the runner is of no further use."""
+        self._weights = self._kv = self._rows = self._lengths = None
+        self._open_masks, self._executables = {}, {}
+
     def warm_up(self) -> None:
         """Run every program on padding: first runs touch memory, and capture graphs on a GPU, which
         the second ones replay.

@@ -102,3 +102,19 @@ def test_dummy_weights_need_no_weight_files(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"no \*.safetensors file"):
         read(folder)
     assert read(folder, load_format="dummy").checkpoint is None
+
+
+@pytest.mark.parametrize("defaults", [{"temperature": 3.0}, {"top_p": 0}, {"max_new_tokens": 0}])
+def test_sampling_defaults_that_cannot_be_are_said_at_start(
+    folder: Path, defaults: dict[str, Any]
+) -> None:
+    change(folder / "generation_config.json", **defaults)
+    with pytest.raises(ModelError, match=r"generation_config.json: .*generation_config='none'"):
+        read(folder)
+    assert read(folder, generation_config="none").default_sampling == {}
+
+
+def test_end_of_sequence_of_a_wrong_kind_is_said(folder: Path) -> None:
+    change(folder / "config.json", eos_token_id=[[1]])
+    with pytest.raises(ModelError, match=r"eos_token_id must be token ids, got \[\[1\]\]"):
+        read(folder)

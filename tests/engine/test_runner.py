@@ -14,7 +14,7 @@ from ..llm.engines import start
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
     with start("mistral_sliding", kv_cache_memory_bytes=1 << 20) as llm:
-        yield llm._engine.core._runner
+        yield llm._engine.core.runner
 
 
 def num_bytes(tree: Any) -> int:
@@ -64,4 +64,4 @@ def test_lazy_engine_compiles_on_first_use_only() -> None:
 
 
 def programs(llm: LLM) -> dict[str, Any]:
-    return llm._engine.core._runner._executables
+    return llm._engine.core.runner._executables

@@ -21,7 +21,7 @@ GARBAGE = 0x5BADBADB
 def make_hostile(llm: LLM) -> None:
     """Wrap the runner of an idle engine."""
     core = llm._engine.core
-    runner = core._runner
+    runner = core.runner
     forward, update_rows = runner.forward, runner.update_rows
 
     def hostile_forward(packed: np.ndarray, tokens: int) -> Hidden:

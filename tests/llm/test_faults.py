@@ -29,7 +29,7 @@ def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
 
 def poison_embedding(llm: LLM) -> None:
     """One token's embedding becomes NaN, as a damaged weight would."""
-    runner = llm._engine.core._runner
+    runner = llm._engine.core.runner
     table = runner._weights.embedding
     values = np.array(table)
     values[POISONED_TOKEN] = np.nan
@@ -59,7 +59,7 @@ def test_failed_step_is_recomputed_with_the_same_tokens(
 ) -> None:
     expected = tokens(llm)
     core = llm._engine.core
-    runner = core._runner
+    runner = core.runner
     real = getattr(runner, failing)
     calls = {"left": 3 if failing != "update_rows" else 0}
 
@@ -86,7 +86,7 @@ def test_request_that_fails_twice_is_ended_and_others_go_on(
 ) -> None:
     expected = tokens(llm)
     core = llm._engine.core
-    real = core._runner.forward
+    real = core.runner.forward
     bad = [11, 12, 13]
 
     def fail_with_bad(packed: np.ndarray, num_tokens: int) -> Any:
@@ -94,7 +94,7 @@ def test_request_that_fails_twice_is_ended_and_others_go_on(
             raise StepFailed("made to fail")
         return real(packed, num_tokens)
 
-    monkeypatch.setattr(core._runner, "forward", fail_with_bad)
+    monkeypatch.setattr(core.runner, "forward", fail_with_bad)
     (output,) = llm.generate([bad], GREEDY, use_tqdm=False)
     assert output.outputs[0].finish_reason == "error"
     assert output.outputs[0].stop_reason == "its steps failed 2 times: made to fail"
@@ -121,5 +121,5 @@ def test_abandoned_stream_frees_its_pages(llm: LLM) -> None:
     stream.close()
     tokens(llm)  # the abort was taken before these were finished
     assert not core.scheduler.has_work
-    assert core.scheduler.pool.num_free == core._runner.num_pages - 1
+    assert core.scheduler.pool.num_free == core.runner.num_pages - 1
     core.scheduler.audit()
