@@ -64,7 +64,7 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
     files = open_model(config)
     say(files.line())
     sizes = Sizes.resolve(config)
-    build = _Builder(config, files, sizes, make_mesh(config.tensor_parallel_size))
+    build = Builder(config, files, sizes, make_mesh(config.tensor_parallel_size))
     kv_plan = plan_kv(config, files, build.layout, sizes, cache, build.kv_budget)
     if kv_plan.note:
         say(kv_plan.note)
@@ -93,7 +93,7 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
     return Engine(core, files, kv_plan.max_model_len, plan)
 
 
-class _Builder:
+class Builder:
     """Makes the parts of one engine from what was asked and what the files say."""
 
     def __init__(self, config: EngineConfig, files: ModelFiles, sizes: Sizes, mesh: Mesh) -> None:
