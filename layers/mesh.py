@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 DATA, MODEL = "data", "model"
 
@@ -25,7 +25,3 @@ def make_mesh(tensor_parallel_size: int, devices: list[jax.Device] | None = None
 def partition(axes: tuple[str | None, ...]) -> PartitionSpec:
     """The partitioning of an array with these logical axes. Raises KeyError for an unknown axis."""
     return PartitionSpec(*(MESH_AXIS_BY_LOGICAL[axis] for axis in axes))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from ..linear import DenseWeight
@@ -19,6 +18,3 @@ class Plain:
     def wrap(self, param: Param, array: Any) -> Any:
         """What the layers read: a DenseWeight for a matrix, the array itself for the rest."""
         return DenseWeight(array) if param.kind is Kind.LINEAR else array
-
-    def abstract(self, param: Param) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(param.shape, self.dtype)

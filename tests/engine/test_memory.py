@@ -129,6 +129,8 @@ def test_require_room_names_the_length_that_fits(num_pages: int, fitting: int, m
 
 def test_require_room_passes_when_one_sequence_fits():
     memory.require_room(9, 8, 128, 128)
+    with pytest.raises(MemoryPlanError):
+        memory.require_room(8, 8, 128, 112)  # the null page is nobody's
 
 
 def plan(limit: int, *, weights: int = GIB) -> MemoryPlan:
