@@ -35,7 +35,9 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What compile_all did. loaded came from the persistent cache, compiled did not."""
+    """What compile_all did. loaded came from the persistent cache, compiled did not; lower_s is CPU
+    time, since other threads share the cores.
+    """
 
     loaded: int
     compiled: int
@@ -120,23 +122,24 @@ def compile_all(
     try:
         with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile") as pool:
             for spec in specs:
-                before = time.perf_counter()
+                before = time.thread_time()
                 lowered = spec.lower()
-                lower_s += time.perf_counter() - before
+                lower_s += time.thread_time() - before
                 futures[spec.name] = pool.submit(finish, spec.name, lowered)
             results = {name: future.result() for name, future in futures.items()}
     finally:
         threading.stack_size(previous)
         if collects:
             gc.enable()
-    _return_freed_memory()
     loaded = sum(was_loaded for _, was_loaded in results.values())
     report = CompileReport(loaded, len(results) - loaded, lower_s, time.perf_counter() - start)
     return {name: executable for name, (executable, _) in results.items()}, report
 
 
-def _return_freed_memory() -> None:
-    """Give what the compiler freed back to the system; glibc keeps hundreds of MiB otherwise."""
+def return_freed_memory() -> None:
+    """Give what the compiler and the loading of weights freed back to the system; glibc keeps
+    hundreds of MiB otherwise.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

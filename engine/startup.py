@@ -25,7 +25,7 @@ from ..layers.quantization.plain import Plain
 from ..pallas_kernels import registry
 from . import memory
 from .buckets import plan_buckets
-from .compiler import CompileReport, default_cache_dir, open_cache
+from .compiler import CompileReport, default_cache_dir, open_cache, return_freed_memory
 from .config import EngineConfig
 from .core import EngineCore
 from .errors import ConfigError, ModelError
@@ -88,6 +88,7 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
     runner.allocate()
     if not config.lazy_compile:
         runner.warm_up()
+    return_freed_memory()
     core = EngineCore(runner, build.scheduler(kv_plan), eos_ids=files.eos_ids, depth=depth)
     say(f"ready in {time.perf_counter() - started:.1f} s")
     return Engine(core, files, kv_plan.max_model_len, plan)
@@ -109,7 +110,12 @@ class Builder:
         model, sizes = self.files.info.model, self.sizes
         wanted, vocab = self.config.max_logprobs, model.vocab_size
         return Runner(
-            Programs(model, self.layout, sizes.page_size, Context(self.ops, MODEL)),
+            Programs(
+                model,
+                self.layout,
+                sizes.page_size,
+                Context(self.ops, MODEL if self.config.tensor_parallel_size > 1 else None),
+            ),
             plan_buckets(
                 sizes.platform,
                 max_num_seqs=sizes.max_num_seqs,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ..pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
+from ..pallas_kernels.checks import AttentionSpec, KVPages, PlannedBatch
 from .context import Context
 from .linear import linear_exact, linear_sum
 from .norm import rms_norm
@@ -39,7 +39,7 @@ def attention(
     x: jax.Array,  # [tokens, hidden]
     weights: Attention,
     kv: KVPages,
-    batch: AttentionBatch,
+    step: PlannedBatch,
     tables: tuple[jax.Array, jax.Array],  # cos, sin
     shape: HeadShape,
     ctx: Context,
@@ -49,11 +49,12 @@ def attention(
     qkv = linear_exact(x, weights.qkv, weights.qkv_bias, ctx)
     kv_heads = kv.k.shape[1]
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    q, k, v = jnp.split(qkv.reshape(tokens, -1, dim), [heads, heads + kv_heads], axis=1)
+    # q and k are normed and rotated as one array: half the instructions.
+    qk, v = jnp.split(qkv.reshape(tokens, -1, dim), [heads + kv_heads], axis=1)
     if weights.q_norm is not None and weights.k_norm is not None:
-        q = rms_norm(q, weights.q_norm, shape.epsilon)
-        k = rms_norm(k, weights.k_norm, shape.epsilon)
-    out, kv = ctx.ops.paged_attention(
-        rotate(q, tables), rotate(k, tables), v, kv, batch, shape.spec
-    )
+        per_head = [jnp.broadcast_to(weights.q_norm, (heads, dim)),
+                    jnp.broadcast_to(weights.k_norm, (kv_heads, dim))]  # fmt: skip
+        qk = rms_norm(qk, jnp.concatenate(per_head), shape.epsilon)
+    q, k = jnp.split(rotate(qk, tables), [heads], axis=1)
+    out, kv = ctx.ops.paged_attention(q, k, v, kv, step, shape.spec)
     return linear_sum(out.reshape(tokens, heads * dim), weights.out, weights.out_bias, ctx), kv

@@ -65,10 +65,13 @@ class Programs:
         )
         x = self.model.embed(weights, batch.token_ids, self.ctx)
         tables = self.model.tables(batch.positions)
+        groups = [self.ctx.ops.plan_attention(b, self.page_size) for b in batch.attention]
+        # A barrier, or XLA computes these again in every layer.
+        groups, tables = jax.lax.optimization_barrier((groups, tables))
         cache = list(kv)
         for i, block in enumerate(weights.blocks):
             j = self.kv_layout.array_by_layer[i]
-            group = batch.attention[self.kv_layout.group_by_layer[i]]
+            group = groups[self.kv_layout.group_by_layer[i]]
             x, cache[j] = self._block(x, block, cache[j], group, tables, self.ctx)
         x = self.model.final_norm(weights, x)
         rows_x = x[batch.sample_token]

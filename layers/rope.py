@@ -41,11 +41,14 @@ class RopeConfig:
 
 
 def rotary_tables(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32[tokens, head_dim / 2] each. positions: absolute, i32[tokens]."""
+    """cos and sin, f32[tokens, head_dim] each, as rotate wants them. positions: absolute,
+    i32[tokens].
+    """
     angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(
         rope.inverse_frequency, jnp.float32
     )
-    return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
+    cos, sin = jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -54,8 +57,8 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     x: [tokens, heads, head_dim]. bfloat16 cannot tell position 256 from 257.
     """
     cos, sin = (t[:, None, :] for t in tables)
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    x = x.astype(jnp.float32)
+    return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
 
 def build_rope(config: RopeConfig) -> Rope:

@@ -38,7 +38,8 @@ class AttentionBatch:
     """Which keys each query of a ragged step may see, and where new keys are written.
 
     Tokens of one-query rows come first: token t < num_single is the only query of row t. The rest
-    is cut into work items of at most QUERIES_PER_ITEM consecutive tokens of one row.
+    is cut into work items of at most QUERIES_PER_ITEM consecutive tokens of one row, listed in the
+    order of their tokens.
     """
 
     attend_from: jax.Array  # i32[tokens], first visible position; a padded token has from = to = 0
@@ -54,6 +55,13 @@ class AttentionBatch:
     item_row: jax.Array  # i32[items]
     item_first: jax.Array  # i32[items], first token
     item_count: jax.Array  # i32[items], tokens
+
+
+class PlannedBatch(NamedTuple):
+    """A batch and what the chosen implementation made of it, once for all layers of a group."""
+
+    batch: AttentionBatch
+    plan: Any  # a pytree of the implementation's own; None if it needs none
 
 
 # The axis of each array of the batch; page_table has its own rule.

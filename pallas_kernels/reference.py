@@ -41,6 +41,7 @@ def paged_attention(
     v_new: jax.Array | None,  # [tokens, kv_heads, value_dim]
     kv: KVPages,
     batch: AttentionBatch,
+    plan: None,
     spec: AttentionSpec,
     sinks: jax.Array | None = None,  # f32[heads]
 ) -> tuple[jax.Array, KVPages]:

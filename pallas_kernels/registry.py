@@ -6,11 +6,18 @@ layers as an argument. To add a kernel: one file, one line here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 from . import attention_jnp, reference
-from .checks import AttentionBatch, AttentionSpec, KVPages, check_paged_attention
+from .checks import (
+    AttentionBatch,
+    AttentionSpec,
+    KVPages,
+    PlannedBatch,
+    check_paged_attention,
+)
 
 PagedAttention = Callable[..., tuple[jax.Array, KVPages]]
 
@@ -22,10 +29,11 @@ class Implementation:
     name: str
     platforms: tuple[str, ...]
     run: PagedAttention
+    plan: Callable[[AttentionBatch, int], Any] = lambda batch, page_size: None
 
 
 PAGED_ATTENTION = (
-    Implementation("jnp", ("cpu", "cuda"), attention_jnp.paged_attention),
+    Implementation("jnp", ("cpu", "cuda"), attention_jnp.paged_attention, attention_jnp.plan),
     Implementation("reference", ("cpu", "cuda"), reference.paged_attention),
 )
 
@@ -36,19 +44,23 @@ class Ops:
 
     attention: Implementation
 
+    def plan_attention(self, batch: AttentionBatch, page_size: int) -> PlannedBatch:
+        """What the layers' calls have in common, computed once a step."""
+        return PlannedBatch(batch, self.attention.plan(batch, page_size))
+
     def paged_attention(
         self,
         q: jax.Array,  # [tokens, heads, head_dim]
         k_new: jax.Array,  # [tokens, kv_heads, head_dim]
         v_new: jax.Array | None,  # [tokens, kv_heads, value_dim]
         kv: KVPages,
-        batch: AttentionBatch,
+        step: PlannedBatch,
         spec: AttentionSpec,
         sinks: jax.Array | None = None,  # f32[heads]
     ) -> tuple[jax.Array, KVPages]:
         """reference.paged_attention by the chosen implementation, its contract checked."""
-        check_paged_attention(q, k_new, v_new, kv, batch, spec, sinks)
-        return self.attention.run(q, k_new, v_new, kv, batch, spec, sinks)
+        check_paged_attention(q, k_new, v_new, kv, step.batch, spec, sinks)
+        return self.attention.run(q, k_new, v_new, kv, *step, spec, sinks)
 
     def names(self) -> dict[str, str]:
         """Op name -> implementation name, for the log and `quire env`."""

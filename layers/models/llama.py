@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ...pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
+from ...pallas_kernels.checks import AttentionSpec, KVPages, PlannedBatch
 from ..attention import Attention, HeadShape, attention
 from ..context import Context
 from ..embedding import embed
@@ -167,13 +167,13 @@ class Decoder:
         x: jax.Array,  # f32[tokens, hidden]
         weights: Block,
         kv: KVPages,
-        batch: AttentionBatch,
+        step: PlannedBatch,
         tables: tuple[jax.Array, jax.Array],
         ctx: Context,
     ) -> tuple[jax.Array, KVPages]:
         """One layer; the residual stream stays in f32."""
         seen = rms_norm(x, weights.attention_norm, self.spec.epsilon)
-        out, kv = attention(seen, weights.attention, kv, batch, tables, self.heads, ctx)
+        out, kv = attention(seen, weights.attention, kv, step, tables, self.heads, ctx)
         x = x + out
         seen = rms_norm(x, weights.mlp_norm, self.spec.epsilon)
         return x + gated_mlp(seen, weights.mlp, ctx), kv

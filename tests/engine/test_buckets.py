@@ -17,10 +17,10 @@ def plan(platform: str = "cpu", **changes: Any) -> Buckets:
 
 def test_the_programs_of_the_cpu_defaults():
     buckets = plan()
-    assert buckets.tokens == (2, 4, 8, 16, 32, 64, 256, 1024)
+    assert buckets.tokens == (2, 8, 16, 32, 64, 256, 1024)
     assert buckets.rows == (8, 32, 64)
     assert {t: buckets.layout(t).rows for t in buckets.tokens} == {
-        2: 8, 4: 8, 8: 8, 16: 32, 32: 32, 64: 64, 256: 64, 1024: 64,
+        2: 8, 8: 8, 16: 32, 32: 32, 64: 64, 256: 64, 1024: 64,
     }  # fmt: skip
     greedy, general = Variant.GREEDY, Variant.GENERAL
     assert buckets.sample_programs() == [
@@ -31,7 +31,7 @@ def test_the_programs_of_the_cpu_defaults():
 
 def test_the_programs_of_the_gpu_defaults():
     buckets = plan("cuda", max_num_seqs=256, max_num_batched_tokens=8192)
-    assert buckets.tokens == (1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
+    assert buckets.tokens == (1, 2, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
     assert buckets.rows == (8, 32, 64, 128, 256)
 
 

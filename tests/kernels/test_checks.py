@@ -12,6 +12,7 @@ from quire.pallas_kernels.checks import (
     AttentionSpec,
     ContractError,
     KVPages,
+    PlannedBatch,
     check_paged_attention,
 )
 from quire.pallas_kernels.registry import Implementation, Ops, choose
@@ -125,8 +126,10 @@ def test_a_broken_contract_is_refused_with_its_rule(changes: dict[str, Any], mes
 
 def test_dispatch_checks_before_it_runs():
     ops = Ops(Implementation("never", ("cpu",), lambda *_: pytest.fail("it ran")))
+    given = arguments(q=array(6, 3, 8))
+    step = PlannedBatch(given.pop("batch"), None)
     with pytest.raises(ContractError, match="heads must be a multiple"):
-        ops.paged_attention(**arguments(q=array(6, 3, 8)))
+        ops.paged_attention(step=step, **given)
 
 
 def test_choose_takes_the_first_that_fits_and_names_the_rest():

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quire.pallas_kernels import attention_jnp, reference
+from quire.pallas_kernels import reference
 from quire.pallas_kernels.checks import QUERIES_PER_ITEM, AttentionBatch, AttentionSpec, KVPages
+from quire.pallas_kernels.registry import PAGED_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ CASES = {
     "bf16-capped": Case(24, 9, 20, 16, 6, 1, 16, 16, 10, "bfloat16", "bfloat16", soft_cap=2.0),
     "f16-sinks": Case(40, 6, 5, 64, 4, 4, 16, 8, 8, "float16", "float16", has_sinks=True),
     "latent": Case(
-        24, 5, 12, 16, 4, 1, 24, 16, 6, "float32", "bfloat16", 3.0, has_sinks=True, is_latent=True
+        40, 5, 12, 16, 4, 1, 24, 16, 6, "float32", "bfloat16", 3.0, has_sinks=True, is_latent=True
     ),
     "one-query": Case(3, 3, 12, 16, 4, 2, 8, 8, 0),
 }
@@ -194,10 +195,11 @@ def make_inputs(case: Case, rows: list[Row], seed: int) -> Inputs:
 
 @cache
 def compiled(case: Case, name: str) -> Any:
-    run = {"jnp": attention_jnp, "reference": reference}[name].paged_attention
+    op = {i.name: i for i in PAGED_ATTENTION}[name]
 
     def call(q: Any, k_new: Any, v_new: Any, kv: KVPages, batch: AttentionBatch, sinks: Any) -> Any:
-        return run(q, k_new, v_new, kv, batch, case.spec, sinks)
+        plan = op.plan(batch, case.page_size)
+        return op.run(q, k_new, v_new, kv, batch, plan, case.spec, sinks)
 
     return jax.jit(call)
 
