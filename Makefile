@@ -31,7 +31,7 @@ wheel-test:
 	bash tests/wheel_test.sh $(PYTHON)
 
 bench: .venv/installed
-	for b in startup step_host programs offline; do $(BIN)/python -m quire.bench.$$b || exit 1; done
+	for b in roofline startup step_host programs; do $(BIN)/python -m quire.bench.$$b || exit 1; done
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "quire needs Python >= 3.12: install python3.12 and run make again"; exit 1; }

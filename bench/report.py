@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 
-def line(name: str, value: float, unit: str, target: float | None, **more: Any) -> dict[str, Any]:
-    """The record of one figure. target: the most it may be, None if there is none."""
+def line(
+    name: str,
+    value: float,
+    unit: str,
+    target: float | None,
+    *,
+    is_least: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """The record of one figure. target: the most it may be, or the least; None if there is none."""
     record: dict[str, Any] = {"name": name, "value": round(value, 4), "unit": unit}
     if target is not None:
-        record |= {"target": f"<= {target:g}", "met": value <= target}
+        is_met = value >= target if is_least else value <= target
+        record |= {"target": f"{'>=' if is_least else '<='} {target:g}", "met": is_met}
     packages = ("quire", "jax", "jaxlib", "numpy")
     return record | {
         **more,
@@ -21,7 +30,7 @@ def line(name: str, value: float, unit: str, target: float | None, **more: Any) 
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": {
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": num_cores(),
             "load_average": round(os.getloadavg()[0], 2),
         },
     }
@@ -29,6 +38,11 @@ def line(name: str, value: float, unit: str, target: float | None, **more: Any) 
 
 def emit(record: dict[str, Any]) -> None:
     print(json.dumps(record), flush=True)
+
+
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def processor() -> str:

@@ -45,6 +45,7 @@ class Engine:
     files: ModelFiles
     max_model_len: int
     plan: memory.MemoryPlan
+    compiling: CompileReport
 
     @property
     def logits_width(self) -> int:
@@ -75,6 +76,7 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
         # Reading files and compiling need different things; they go side by side.
         loading = pool.submit(build.weights)
+        report = CompileReport(loaded=0, compiled=0, lower_s=0.0, total_s=0.0)
         if not config.lazy_compile:
             with _bar("programs", len(runner.program_specs()), unit="program") as bar:
                 report = runner.compile(lambda _: bar.update())
@@ -91,7 +93,7 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
     return_freed_memory()
     core = EngineCore(runner, build.scheduler(kv_plan), eos_ids=files.eos_ids, depth=depth)
     say(f"ready in {time.perf_counter() - started:.1f} s")
-    return Engine(core, files, kv_plan.max_model_len, plan)
+    return Engine(core, files, kv_plan.max_model_len, plan, report)
 
 
 class Builder:
