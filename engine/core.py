@@ -33,7 +33,8 @@ _MAX_FAILURES = 2
 @dataclass(frozen=True)
 class Submission:
     """A request at token level. params.max_tokens is resolved; seed is drawn by the caller if none
-    was given.
+    was given. output_token_ids: what an earlier engine made of the request, which goes on after
+    them as if nothing had happened.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class Submission:
     choice: int = 0
     priority: int = 0
     cache_salt: bytes = b""
+    output_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class EngineCore:
             s.request_id, s.prompt_token_ids, s.params, self._num_arrived,
             priority=s.priority, cache_salt=s.cache_salt, choice=s.choice, seed=s.seed,
         )  # fmt: skip
+        for token_id in s.output_token_ids:
+            request.append_token(token_id)
         self.scheduler.add(request)
         stop_ids = frozenset(s.params.stop_token_ids or ())
         if not s.params.ignore_eos:
