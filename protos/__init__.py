@@ -1,0 +1,1 @@
+"""The interfaces between processes; nothing but messages and stubs."""

@@ -1,0 +1,1 @@
+"""Between gateway and core."""
