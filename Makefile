@@ -5,11 +5,12 @@ PYTHON := $(shell for p in python3.13 python3.12 python3; do \
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow check format wheel-test bench clean
+.PHONY: protos demo test test-slow check format wheel-test bench clean
 
 demo: .venv/installed
-	@$(BIN)/quire generate --chat "What is 23 + 58?" --temperature 0 --max-tokens 64
-	@$(BIN)/quire generate --chat "Tell me a story." --temperature 0 --max-tokens 200
+	@printf '%s\n' '/set temperature 0' 'Hello!' 'What is 23 + 58?' \
+	  'What is the capital of France?' 'Name: Ann, age: 30' '안녕하세요' /clear 'Tell me a story.' /stats \
+	  | $(BIN)/quire chat
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
@@ -22,10 +23,14 @@ check: .venv/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/python tests/run_mypy.py
 	cd .venv && bin/lint-imports --config ../.importlinter
+	$(BIN)/python protos/lint.py
 
 format: .venv/installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+protos: .venv/installed-test
+	$(BIN)/python protos/generate.py
 
 wheel-test:
 	bash tests/wheel_test.sh $(PYTHON)

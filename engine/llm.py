@@ -14,6 +14,7 @@ from .config import EngineConfig
 from .core import StepOutput, Submission
 from .errors import RequestError
 from .loop import EngineLoop
+from .open_requests import OpenRequests
 from .outputs import RequestOutput, StreamDelta
 from .runner import Runner
 from .sampling_params import SamplingParams
@@ -68,7 +69,7 @@ class LLM:
         """
         listed = _as_list(prompts)
         each = self._params_for(listed, sampling_params)
-        return self._run([self._check(p, s) for p, s in zip(listed, each, strict=True)], use_tqdm)
+        return self._run([self.check(p, s) for p, s in zip(listed, each, strict=True)], use_tqdm)
 
     def chat(
         self,
@@ -86,20 +87,17 @@ class LLM:
         is_one = not messages or isinstance(messages[0], Mapping)
         conversations = [messages] if is_one else list(messages)
         each = self._params_for(conversations, sampling_params)
-        rendered = [
-            self.get_tokenizer().apply_chat_template(
+        checked = [
+            self.check_chat(
                 conversation,  # type: ignore[arg-type]
+                s,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 chat_template=chat_template,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in conversations
-        ]
-        checked = [
-            self._check(text, s, add_special_tokens=False)
-            for text, s in zip(rendered, each, strict=True)
+            for conversation, s in zip(conversations, each, strict=True)
         ]
         return self._run(checked, use_tqdm)
 
@@ -108,7 +106,7 @@ class LLM:
         request.
         """
         return self._stream(
-            self._check(prompt, sampling_params or self.get_default_sampling_params())
+            self.check(prompt, sampling_params or self.get_default_sampling_params())
         )
 
     def stream_chat(
@@ -118,9 +116,42 @@ class LLM:
         **chat_template_kwargs: Any,
     ) -> "Stream":
         """Like stream, for one conversation."""
-        text = self.get_tokenizer().apply_chat_template(messages, **chat_template_kwargs)
         params = sampling_params or self.get_default_sampling_params()
-        return self._stream(self._check(text, params, add_special_tokens=False))
+        return self._stream(self.check_chat(messages, params, **chat_template_kwargs))
+
+    # One request at a time, for callers that read them as they go
+
+    def open_requests(self) -> OpenRequests:
+        """What is submitted to it runs; use it in a `with`."""
+        return OpenRequests(self._loop, self.get_tokenizer(), self._submissions)
+
+    def check(
+        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True
+    ) -> TextRequest:
+        """The request, ready to be submitted. Raises RequestError."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling_params must be SamplingParams, got {type(params).__name__}",
+                field="sampling_params",
+            )
+        checked = check_text_request(
+            prompt, params, self.get_tokenizer(), add_special_tokens=add_special_tokens
+        )
+        resolved = check_token_request(checked.prompt_token_ids, checked.params, self._limits)
+        return TextRequest(checked.prompt, checked.prompt_token_ids, resolved, checked.bad_word_ids)
+
+    def check_chat(
+        self, messages: Sequence[Message], params: SamplingParams, /, **template_options: Any
+    ) -> TextRequest:
+        """The same for a conversation; options are those of Tokenizer.apply_chat_template."""
+        text = self.get_tokenizer().apply_chat_template(messages, **template_options)
+        return self.check(text, params, add_special_tokens=False)
+
+    def seed_of(self, number: int) -> int:
+        """The seed of request `number` if it brings none: the engine's seed and the number decide
+        it alone. generate() counts requests from 0 on.
+        """
+        return _derived_seed(self._seed, number)
 
     # Text and facts
 
@@ -147,6 +178,11 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         return self._limits.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that run at once; more wait."""
+        return self._engine.core.scheduler.config.num_slots
 
     # Life
 
@@ -183,27 +219,13 @@ class LLM:
             )
         return list(params)
 
-    def _check(
-        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True
-    ) -> TextRequest:
-        if not isinstance(params, SamplingParams):
-            raise RequestError(
-                f"sampling_params must be SamplingParams, got {type(params).__name__}",
-                field="sampling_params",
-            )
-        checked = check_text_request(
-            prompt, params, self.get_tokenizer(), add_special_tokens=add_special_tokens
-        )
-        resolved = check_token_request(checked.prompt_token_ids, checked.params, self._limits)
-        return TextRequest(checked.prompt, checked.prompt_token_ids, resolved, checked.bad_word_ids)
-
     def _submissions(self, request: TextRequest) -> tuple[int, list[Submission]]:
         with self._lock:
             number = self._num_requests
             self._num_requests += 1
         seed = request.params.seed
         if seed is None:
-            seed = _derived_seed(self._seed, number)
+            seed = self.seed_of(number)
         return number, [
             Submission(
                 f"{number}-{choice}",
@@ -219,40 +241,18 @@ class LLM:
     def _run(self, requests: list[TextRequest], use_tqdm: bool) -> list[RequestOutput]:
         from tqdm.auto import tqdm
 
-        outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-        collectors: list[Collector] = []
-        by_id: dict[str, tuple[Collector, int]] = {}
-        submissions: list[Submission] = []
-        for request in requests:
-            number, some = self._submissions(request)
-            collector = Collector(number, request, self.get_tokenizer())
-            collectors.append(collector)
-            submissions += some
-            by_id |= {s.request_id: (collector, s.choice) for s in some}
-        self._loop.submit(submissions, outputs.put)
-        num_tokens = 0
-        try:
-            with tqdm(total=len(requests), desc="prompts", disable=not use_tqdm) as bar:
-                while by_id:
-                    output = outputs.get()
-                    if output.request_id not in by_id:
-                        continue  # the extra token of an answer that a stop string ended
-                    collector, choice = by_id[output.request_id]
-                    num_tokens += len(output.token_ids)
-                    is_done, must_abort = collector.add(output, choice)
-                    if must_abort:
-                        self._loop.abort([output.request_id])
-                    if is_done:
-                        del by_id[output.request_id]
-                        if collector.is_done:
-                            rate = bar.format_dict["rate"] or 0
-                            bar.update()
-                            bar.set_postfix(tokens=num_tokens, refresh=False, rate=f"{rate:.1f}/s")
-        except BaseException:
-            # Interrupted or failed: nobody will read the rest.
-            self._loop.abort(list(by_id))
-            raise
-        return [collector.result() for collector in collectors]
+        output_by_id: dict[str, RequestOutput] = {}
+        with (
+            tqdm(total=len(requests), desc="prompts", disable=not use_tqdm) as bar,
+            self.open_requests() as under_way,
+        ):
+            request_ids = under_way.submit(requests)
+            while (output := under_way.take()) is not None:
+                output_by_id[output.request_id] = output
+                rate = bar.format_dict["rate"] or 0
+                bar.update()
+                bar.set_postfix(tokens=under_way.num_tokens, refresh=False, rate=f"{rate:.1f}/s")
+        return [output_by_id[request_id] for request_id in request_ids]
 
     def _stream(self, request: TextRequest) -> "Stream":
         outputs: queue.SimpleQueue[StepOutput | None] = queue.SimpleQueue()
@@ -298,6 +298,11 @@ class Stream:
                     yield delta
         finally:
             self.close()
+
+    @property
+    def output(self) -> RequestOutput:
+        """What has been read so far."""
+        return self._collector.result()
 
     def close(self) -> None:
         """End the request if it still runs."""

@@ -1,18 +1,24 @@
 """The `quire` command: few verbs, each a function here or a module that is imported when it runs.
 
-`--help` and wrong use load neither JAX nor numpy. Exit codes: 0, 1 failed, 2 wrong use, 130
-interrupted.
+`--help` and wrong use load neither JAX nor numpy. Exit codes: 0, 1 failed, 2 wrong use, 130 and
+143 interrupted.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..engine.config import EngineConfig
-from ..engine.errors import QuireError, UsageError
+from ..engine.errors import ConfigError, QuireError, UsageError
 from ..engine.sampling_params import SamplingParams
+from .bench.command import add_bench
+from .chat.command import add_chat
 from .flags import Parser, add_flags, given_options
+
+if TYPE_CHECKING:
+    from ..engine.llm import LLM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"quire {_version()}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    generate = verbs.add_parser("generate", help="continue a prompt, printing the text as it comes")
+    generate = verbs.add_parser("generate", help="continue a prompt, or the many of a file")
     generate.add_argument(
         "model",
         nargs="?",
@@ -52,13 +58,24 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument(
         "--chat", metavar="MESSAGE", help="a user message, through the chat template"
     )
+    prompt.add_argument(
+        "--input", metavar="FILE", help="many requests, one JSON object a line; - is stdin"
+    )
+    batch = generate.add_argument_group("with --input")
+    batch.add_argument(
+        "--output", metavar="FILE", help="their results; what it holds already is not done again"
+    )
+    batch.add_argument("--ordered", action="store_true", help="results in the order of the input")
     sampling = generate.add_argument_group("sampling")
     for name, kind in _SAMPLING_FLAGS.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
     sampling.add_argument("--stop", action="append", help="text that ends the answer; repeatable")
     sampling.add_argument("--ignore-eos", action="store_true", default=None)
-    add_flags(generate.add_argument_group("engine"), EngineConfig, skip=("model",))  # type: ignore[arg-type]
+    add_flags(generate.add_argument_group("engine"), EngineConfig, skip=("model",))
     generate.set_defaults(run=_generate)
+
+    add_chat(verbs)
+    add_bench(verbs)
 
     env = verbs.add_parser("env", help="versions, devices, chosen implementations, folders")
     env.set_defaults(run=_env)
@@ -80,11 +97,38 @@ _SAMPLING_FLAGS = {
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    # One prompt needs one row: fewer programs and pages than an engine that serves many.
-    options = {"max_num_seqs": 1} | given_options(arguments, EngineConfig)
     names = (*_SAMPLING_FLAGS, "stop", "ignore_eos")
     given = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     SamplingParams(**given)  # refuse what is out of range before JAX is loaded
+    if arguments.input is not None:
+        return _generate_many(arguments, given)
+    if arguments.output is not None or arguments.ordered:
+        flag = "--output" if arguments.output is not None else "--ordered"
+        raise ConfigError(f"{flag} goes with --input; one answer is printed")
+    return _generate_one(arguments, given)
+
+
+def _generate_many(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
+    from .batch.command import run_batch
+
+    if arguments.output is None:
+        raise ConfigError("--input needs --output FILE for the results; - is stdout")
+    options = given_options(arguments, EngineConfig)
+    EngineConfig(**options)  # refuse what is out of range before anything is written
+
+    def start() -> "LLM":
+        from ..engine.llm import LLM
+
+        return LLM(**options)
+
+    return run_batch(
+        arguments.input, arguments.output, start, sampling=given, is_ordered=arguments.ordered
+    )
+
+
+def _generate_one(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
+    # One prompt needs one row: fewer programs and pages than an engine that serves many.
+    options = {"max_num_seqs": 1} | given_options(arguments, EngineConfig)
 
     from ..engine.llm import LLM
 

@@ -39,7 +39,9 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, *, skip: tuple[str, ...] = ()) -> None:
+def add_flags(
+    parser: argparse._ActionsContainer, config: type, *, skip: tuple[str, ...] = ()
+) -> None:
     """One flag per field of the dataclass, in its order. Values are left out unless given."""
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):

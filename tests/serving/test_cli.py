@@ -69,7 +69,7 @@ def test_the_package_names_what_it_has():
     [
         ([], "quire: the following arguments are required: COMMAND (see quire --help)"),
         (["generat"], "quire: argument COMMAND: invalid choice: 'generat'"),
-        (["generate"], "quire generate: one of the arguments --prompt --chat is required"),
+        (["generate"], "quire generate: one of the arguments --prompt --chat --input is required"),
         (
             ["generate", "--prompt", "x", "--chat", "y"],
             "quire generate: argument --chat: not allowed with argument --prompt",

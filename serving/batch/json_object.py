@@ -1,0 +1,96 @@
+"""One line of JSON, read strictly: what another reader could take for something else is refused."""
+
+import json
+import math
+from typing import Any, NoReturn
+
+from ...engine.errors import RequestError
+
+MAX_DEPTH = 128
+
+
+def read_object(content: bytes) -> dict[str, Any]:
+    """The object of a line. Raises RequestError, without a field."""
+    try:
+        value = _DECODER.decode(content.decode())
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"the line is not UTF-8 at byte {error.start}; save the file as UTF-8"
+        ) from None
+    except RecursionError:
+        raise _too_deep() from None
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            f"the line is not JSON: {error.msg} at character {error.pos}; write one object a line"
+        ) from None
+    except RequestError:
+        raise
+    except ValueError:  # Python's own limit on the digits of an integer
+        raise RequestError(
+            "the line has an integer of thousands of digits; 64 bits are the most that is used"
+        ) from None
+    if not isinstance(value, dict):
+        raise RequestError(
+            f"the line must be a JSON object, got {_KINDS[type(value)]}; write for example "
+            '{"prompt": "…"}'
+        )
+    # Fewer brackets cannot be deeper: most lines are not walked.
+    if content.count(b"{") + content.count(b"[") > MAX_DEPTH:
+        _check_depth(value)
+    return value
+
+
+_KINDS = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _check_depth(value: object) -> None:
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [
+            child
+            for item in containers
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    if any(isinstance(item, dict | list) for item in level):
+        raise _too_deep()
+
+
+def _too_deep() -> RequestError:
+    return RequestError(f"the line is nested deeper than {MAX_DEPTH} levels; flatten it")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise RequestError(f"the key {name!r:.80} stands twice in one object; keep one")
+            seen.add(name)
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise RequestError(f"the number {text:.40} is too large; write it within 64 bits")
+    return number
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise RequestError(f"{name} is not a JSON number; write a finite one")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_no_constant
+)
