@@ -18,19 +18,20 @@ test: .venv/installed-test
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
-check: .venv/installed-lint
+check: .venv/installed-lint .venv-protos/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python tests/run_mypy.py
 	cd .venv && bin/lint-imports --config ../.importlinter
 	$(BIN)/python protos/lint.py
+	.venv-protos/bin/python protos/generate.py --check
 
 format: .venv/installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-protos: .venv/installed-test
-	$(BIN)/python protos/generate.py
+protos: .venv-protos/installed
+	.venv-protos/bin/python protos/generate.py
 
 wheel-test:
 	bash tests/wheel_test.sh $(PYTHON)
@@ -52,5 +53,11 @@ bench: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,lint]'
 	@touch $@
 
+# Apart: this protoc needs an older protobuf than sentencepiece does. What it generates runs with both.
+.venv-protos/installed:
+	test -x .venv-protos/bin/python || $(PYTHON) -m venv .venv-protos
+	.venv-protos/bin/python -m pip install -q --disable-pip-version-check grpcio-tools==1.76.0 setuptools
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-protos build dist *.egg-info

@@ -135,7 +135,11 @@ class LLM:
                 field="sampling_params",
             )
         checked = check_text_request(
-            prompt, params, self.get_tokenizer(), add_special_tokens=add_special_tokens
+            prompt,
+            params,
+            self.get_tokenizer(),
+            max_model_len=self.max_model_len,
+            add_special_tokens=add_special_tokens,
         )
         resolved = check_token_request(checked.prompt_token_ids, checked.params, self._limits)
         return TextRequest(checked.prompt, checked.prompt_token_ids, resolved, checked.bad_word_ids)

@@ -1,5 +1,5 @@
-"""Writes the Python modules of the .proto files beside them. `make protos`, or with another folder
-as the argument (the drift test's).
+"""Writes the Python modules of the .proto files beside them: `make protos`. With --check it only
+says whether they are up to date, which `make check` does.
 
 The virtual path makes generated imports right: the folder `protos` is the package `quire.protos`.
 """
@@ -40,5 +40,22 @@ def generate(target: Path) -> None:
             goal.write_text(file.read_text())
 
 
+def old_modules() -> list[str]:
+    """Modules that are not what generate() would write."""
+    with TemporaryDirectory() as folder:
+        generate(Path(folder))
+        made = _texts(Path(folder))
+    there = _texts(HERE)
+    return sorted(name for name in made | there if made.get(name) != there.get(name))
+
+
+def _texts(root: Path) -> dict[str, str]:
+    return {str(p.relative_to(root)): p.read_text() for p in root.rglob("*_pb2*.py*")}
+
+
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
+    if sys.argv[1:] == ["--check"]:
+        if old := old_modules():
+            sys.exit(f"not up to date: {', '.join(old)}; run make protos")
+    else:
+        generate(HERE)

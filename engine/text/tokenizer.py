@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """How many tokens there are, added ones included; a model's logits may be wider."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def most_characters(self) -> int:
+        """Of a text that one token stands for; more only where a tokenizer collapses spaces or
+        joins what it does not know.
+        """
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
 
     @property
     def bos_token(self) -> str | None:
@@ -146,13 +154,30 @@ class Tokenizer:
         template.
         """
         template = self._choose_template(chat_template, with_tools=bool(tools))
-        return template.render(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            variables={**self.special_tokens, **kwargs},
-        )
+
+        def render(tools: Sequence[Mapping[str, Any]] | None) -> str:
+            return template.render(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables={**self.special_tokens, **kwargs},
+            )
+
+        def ignores_tools() -> bool:
+            try:
+                return render(None) == text
+            except RequestError:
+                return False  # it cannot do without
+
+        text = render(tools)
+        if tools and ignores_tools():
+            raise RequestError(
+                "tools are not honoured: this model's chat template does not write them; leave "
+                "them out, or describe them in a message",
+                field="tools",
+            )
+        return text
 
     def _choose_template(self, chosen: str | None, *, with_tools: bool) -> ChatTemplate:
         known = self._chat_templates

@@ -17,6 +17,9 @@ from ..sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
 MAX_BAD_WORD_TOKENS = 1024
+# A text this many times longer than the context's longest possible one is not even encoded, which
+# would take 200 bytes of memory for each of its.
+_HOPELESS = 4
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 
@@ -35,10 +38,12 @@ def check_text_request(
     params: SamplingParams,
     tokenizer: Tokenizer,
     *,
+    max_model_len: int,
     add_special_tokens: bool = True,
 ) -> TextRequest:
     """prompt: a text, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (ids win).
 
+    max_model_len: tokens; what is far too long for it is refused by its characters.
     add_special_tokens=False for a rendered chat template, which has written them. Raises
     RequestError.
     """
@@ -50,6 +55,7 @@ def check_text_request(
         )
     text, token_ids = _read_prompt(prompt)
     if token_ids is None:
+        _check_length(text or "", tokenizer, max_model_len)
         token_ids = _encode(text or "", tokenizer, add_special_tokens)
     return TextRequest(
         prompt=text,
@@ -119,6 +125,16 @@ def _read_ids(value: object, field: str) -> tuple[int, ...]:
                 f"{field}[{position}] must be a token id, got {token_id!r:.80}", field=field
             )
     return tuple(map(operator.index, ids))
+
+
+def _check_length(text: str, tokenizer: Tokenizer, max_model_len: int) -> None:
+    most = _HOPELESS * max_model_len * tokenizer.most_characters
+    if len(text) > most:
+        raise RequestError(
+            f"the prompt has {len(text)} characters, which cannot be {max_model_len} tokens or "
+            "fewer (max_model_len); shorten it",
+            field="prompt",
+        )
 
 
 def _encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> tuple[int, ...]:

@@ -198,17 +198,9 @@ def _checked(asked: _Asked, sampling: Mapping[str, Any], llm: "LLM") -> "TextReq
         params = dataclasses.replace(params, seed=llm.seed_of(asked.origin.index))
     if request.prompt is not None:
         return llm.check(request.prompt, params)
-    variables = request.chat_template_kwargs
-    checked = llm.check_chat(request.messages, params, tools=request.tools, **variables)
-    if request.tools:
-        without = llm.get_tokenizer().apply_chat_template(request.messages, **variables)
-        if without == checked.prompt:
-            raise RequestError(
-                "tools are not honoured: this model's chat template does not write them; leave "
-                "them out, or describe them in a message",
-                field="tools",
-            )
-    return checked
+    return llm.check_chat(
+        request.messages, params, tools=request.tools, **request.chat_template_kwargs
+    )
 
 
 def _respelled(error: Exception, request: LineRequest) -> Exception:

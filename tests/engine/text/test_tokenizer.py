@@ -192,12 +192,14 @@ def test_tokenizer_finds_chat_templates_by_precedence(tmp_path):
 
 def test_tokenizer_named_chat_templates(tmp_path):
     named = [
-        {"name": "tool_use", "template": "{{ 'T' }}"},
+        {"name": "tool_use", "template": "T{{ tools | length }}"},
         {"name": "rag", "template": "{{ 'R' }}"},
     ]
     path = copy_of("qwen3", tmp_path, chat_template=named)
     tokenizer = Tokenizer.from_folder(path)
-    assert tokenizer.apply_chat_template(USER, tools=[{"type": "function"}]) == "T"
+    assert tokenizer.apply_chat_template(USER, tools=[{"type": "function"}]) == "T1"
+    with pytest.raises(RequestError, match="chat template does not write them"):
+        tokenizer.apply_chat_template(USER, tools=[{"type": "function"}], chat_template="rag")
     assert tokenizer.apply_chat_template(USER, chat_template="rag") == "R"
     assert tokenizer.apply_chat_template(USER, chat_template="{{ bos_token }}") == "<s>"
     (path / "chat_template.jinja").unlink()

@@ -25,7 +25,7 @@ DEFAULT = SamplingParams()
 )
 def test_text_request_normalises_prompts(tokenizer_named, prompt, text, ids):
     tokenizer = tokenizer_named("llama2_mha")
-    request = check_text_request(prompt, DEFAULT, tokenizer)
+    request = check_text_request(prompt, DEFAULT, tokenizer, max_model_len=512)
     assert request.prompt == text
     assert request.prompt_token_ids == (ids or tuple(tokenizer.encode("Hi")))
     assert {type(i) for i in request.prompt_token_ids} == {int}
@@ -33,17 +33,19 @@ def test_text_request_normalises_prompts(tokenizer_named, prompt, text, ids):
 
 def test_text_request_of_a_rendered_chat_adds_no_special_tokens(tokenizer_named):
     tokenizer = tokenizer_named("llama2_mha")
-    request = check_text_request("<s>Hi", DEFAULT, tokenizer, add_special_tokens=False)
+    request = check_text_request(
+        "<s>Hi", DEFAULT, tokenizer, add_special_tokens=False, max_model_len=512
+    )
     assert request.prompt_token_ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_text_request_empty_prompt_needs_a_beginning_of_sequence(tokenizer_named):
-    request = check_text_request("", DEFAULT, tokenizer_named("llama2_mha"))
+    request = check_text_request("", DEFAULT, tokenizer_named("llama2_mha"), max_model_len=512)
     assert request.prompt_token_ids == (0,)
     with pytest.raises(
         RequestError, match=r"prompt is empty, and this tokenizer adds no .*send some"
     ):
-        check_text_request("", DEFAULT, tokenizer_named("qwen3"))
+        check_text_request("", DEFAULT, tokenizer_named("qwen3"), max_model_len=512)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_text_request_empty_prompt_needs_a_beginning_of_sequence(tokenizer_named
 )
 def test_text_request_refuses_other_prompts(tokenizer_named, prompt, field, message):
     with pytest.raises(RequestError, match=message) as caught:
-        check_text_request(prompt, DEFAULT, tokenizer_named("qwen3"))
+        check_text_request(prompt, DEFAULT, tokenizer_named("qwen3"), max_model_len=512)
     assert caught.value.field == field
 
 
@@ -83,11 +85,13 @@ def test_text_request_stop_strings_need_text(tokenizer_named):
     with pytest.raises(
         RequestError, match="detokenize is False; set detokenize=True or use stop_tok"
     ):
-        check_text_request("Hi", params, tokenizer_named("qwen3"))
+        check_text_request("Hi", params, tokenizer_named("qwen3"), max_model_len=512)
 
 
 def test_text_request_encodes_bad_words_with_and_without_a_space(tekken):
-    request = check_text_request("Hi", SamplingParams(bad_words=["cat", " cat"]), tekken)
+    request = check_text_request(
+        "Hi", SamplingParams(bad_words=["cat", " cat"]), tekken, max_model_len=512
+    )
     assert set(request.bad_word_ids) == {
         tuple(tekken.encode("cat")),
         tuple(tekken.encode(" cat")),
@@ -104,16 +108,30 @@ def test_text_request_encodes_bad_words_with_and_without_a_space(tekken):
 )
 def test_text_request_refuses_bad_words(tokenizer_named, words, message):
     with pytest.raises(RequestError, match=message) as caught:
-        check_text_request("Hi", SamplingParams(bad_words=words), tokenizer_named("qwen3"))
+        check_text_request(
+            "Hi", SamplingParams(bad_words=words), tokenizer_named("qwen3"), max_model_len=512
+        )
     assert caught.value.field == "bad_words"
 
 
 def test_text_request_refuses_bad_words_without_tokens(tokenizer_named):
     class NoTokens:
+        most_characters = 1
+
         def encode(self, text, add_special_tokens=True):
             return [1] if add_special_tokens else []
 
     with pytest.raises(
         RequestError, match=r"bad_words\[0\] is 'x', which .* no tokens; leave it out"
     ):
-        check_text_request("Hi", SamplingParams(bad_words=["x"]), NoTokens())
+        check_text_request("Hi", SamplingParams(bad_words=["x"]), NoTokens(), max_model_len=512)
+
+
+def test_a_hopelessly_long_text_is_refused_before_it_is_encoded(tokenizer_named):
+    tokenizer = tokenizer_named("qwen3")
+    longest = tokenizer.most_characters
+    assert longest == max(len(t) for t in tokenizer.backend.get_vocab(with_added_tokens=True))
+    text = "a" * (4 * 8 * longest)
+    assert check_text_request(text, DEFAULT, tokenizer, max_model_len=8).prompt == text
+    with pytest.raises(RequestError, match="cannot be 8 tokens or fewer"):
+        check_text_request(text + "a", DEFAULT, tokenizer, max_model_len=8)
