@@ -9,6 +9,7 @@ computed, and a freed page as free, from the moment it is planned.
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from .errors import ConfigError, RequestError
 from .page_pool import PagePool, pages_held
@@ -46,6 +47,7 @@ class SchedulerConfig:
     secret: bytes  # key of the page hashes
     max_chunk: int | None = None  # tokens of one request in one step
     policy: Policy = fcfs
+    fill: Callable[[int], int] = lambda wanted: wanted  # tokens to compute of those there are
 
     def __post_init__(self) -> None:
         names = ("page_size", "num_slots", "max_num_batched_tokens", "max_model_len", "max_chunk")
@@ -152,7 +154,8 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """Plan the next step and count it as done. now: seconds; the static policies ignore it."""
-        draft = _Draft(budget=self.config.max_num_batched_tokens)
+        budget = self._budget()
+        draft = _Draft(budget=budget)
         self._plan_running(draft)
         if not draft.preempted:
             self._plan_waiting(draft)
@@ -165,7 +168,7 @@ class Scheduler:
             chunks=chunks,
             admitted=tuple(draft.admitted),
             preempted=tuple(draft.preempted),
-            num_tokens=self.config.max_num_batched_tokens - draft.budget,
+            num_tokens=budget - draft.budget,
         )
 
     def on_token(self, request: Request, token_id: int) -> None:
@@ -251,6 +254,18 @@ class Scheduler:
             return 0
         return min(num_known - request.num_computed, self._max_count)
 
+    def _budget(self) -> int:
+        """Tokens of the next step: a full one, or what fills its program well."""
+        most, wanted = self.config.max_num_batched_tokens, 0
+        for request in chain(self._running, islice(self._waiting, len(self._free_slots))):
+            wanted += self._num_ready(request)
+            if wanted >= most:
+                return most
+        budget, num_running = self.config.fill(wanted), len(self._running)
+        # At least half of what is not one token of a running request: prompts must not starve.
+        is_much = 2 * (budget - num_running) >= wanted - num_running
+        return budget if is_much and budget < wanted else most
+
     def _plan_running(self, draft: _Draft) -> None:
         index = 0
         # Preemption shortens the queue from behind, never at or before a request already planned.
@@ -268,12 +283,8 @@ class Scheduler:
             if request.num_in_flight:
                 return
             hit = self._lookup(request)
-            num_idle = sum(
-                1
-                for table in hit.pages
-                for page in table
-                if page and not self.pool.num_owners(page)
-            )
+            pages = (page for table in hit.pages for page in table if page)
+            num_idle = sum(not self.pool.num_owners(page) for page in pages)
             num_wanted = num_idle + self._num_missing(request, hit.pages) + draft.num_promised
             if num_wanted > self.pool.num_free:
                 return

@@ -88,3 +88,14 @@ def test_token_buckets_that_cannot_serve_a_step(
     with pytest.raises(ConfigError) as caught:
         plan(platform, token_buckets=token_buckets)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("wanted", "now"),
+    [
+        (1, 1), (9, 9), (64, 64), (70, 70), (100, 100), (256, 256),
+        (300, 256), (512, 256), (640, 640), (1000, 1000), (1024, 1024), (5000, 1024),
+    ],
+)  # fmt: skip
+def test_a_step_that_would_be_mostly_padding_is_made_smaller(wanted: int, now: int):
+    assert plan("cpu", max_num_seqs=64, max_num_batched_tokens=1024).fill(wanted) == now

@@ -146,6 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows=windows.map(tuple),
         enable_prefix_caching=st.sampled_from([True, True, False]),
         policy=st.sampled_from([fcfs, by_priority]),
+        fill=st.sampled_from([lambda wanted: wanted, lambda wanted: wanted * 3 // 4]),
         depth=st.integers(0, 2),
     )
     def start(self, budget: int, num_spare_pages: int, depth: int, **fields: Any) -> None:
