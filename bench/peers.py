@@ -41,11 +41,17 @@ def command_of(engine: str, size: str) -> list[str]:
     raise SystemExit(f"unknown engine {engine!r}; there are quire, vllm, hf, llamacpp:FORMAT")
 
 
+def require_installed(engines: list[str], size: str) -> None:
+    """Before any of them runs for minutes."""
+    for engine in engines:
+        program, _, model = command_of(engine, size)
+        if not (Path(program).exists() and Path(model).exists()):
+            raise SystemExit(f"{engine} is not installed; run bench/peers/setup.sh {size}")
+
+
 def run_once(engine: str, size: str) -> list[dict[str, Any]]:
     """The lines that one process printed."""
     command = command_of(engine, size)
-    if not Path(command[0]).exists():
-        raise SystemExit(f"{engine} is not installed; run bench/peers/setup.sh {size}")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{engine} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
@@ -74,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     engines = args.engines.split(",")
+    require_installed(engines, args.size)
     rates: dict[Workload, dict[str, list[float]]] = {}
     names: dict[str, str] = {}
     for round_number in range(args.rounds):

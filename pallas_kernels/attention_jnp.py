@@ -180,7 +180,8 @@ def _attend_work(
         result = result.reshape(rows * queries, *out.shape[1:]).astype(out.dtype)
         return lax.dynamic_update_slice_in_dim(out, result, first, 0, allow_negative_indices=False)
 
-    if num_pieces == 1:
+    if num_pieces == 1 and queries == 1:
+        # A block of rows that nobody uses gives zeros, where an unused item would overwrite others.
         return piece(jnp.int32(0), out)
     return lax.fori_loop(0, work.count, piece, out)
 

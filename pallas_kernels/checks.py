@@ -49,7 +49,9 @@ class AttentionBatch:
         jax.Array
     )  # i32[tokens], page that receives the token's k and v; pages (dropped) if padded
     write_offset: jax.Array  # i32[tokens], slot inside that page
-    page_table: jax.Array  # i32[rows, width], page 0 past the end and where pages were freed
+    page_table: (
+        jax.Array
+    )  # i32[rows, width]; past the end, and before what a row's queries see, any
     num_single: jax.Array  # i32[]
     num_items: jax.Array  # i32[]
     item_row: jax.Array  # i32[items]

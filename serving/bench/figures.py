@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from ...engine.errors import ConfigError
+from ...engine.errors import ConfigError, EngineError
 from ...engine.llm import LLM
+from ...engine.outputs import RequestOutput
 from ...engine.sampling_params import SamplingParams
 
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
@@ -14,7 +15,8 @@ PERCENTAGES = (10, 25, 50, 75, 90, 99)
 
 def random_prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
     """Prompts of random token ids, the same in every run."""
-    rng, vocab_size = Random(0), llm.get_tokenizer().vocab_size
+    # A tokenizer may have more tokens than the model reads.
+    rng, vocab_size = Random(0), min(llm.get_tokenizer().vocab_size, llm.logits_width)
     return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
 
 
@@ -23,6 +25,17 @@ def whole_length_params(output_len: int, n: int, *, detokenize: bool) -> Samplin
     return SamplingParams(
         temperature=1.0, n=n, max_tokens=output_len, ignore_eos=True, detokenize=detokenize
     )
+
+
+def require_whole(outputs: Sequence[RequestOutput], output_len: int) -> None:
+    """Raises EngineError when an answer ended early: the figures would be of another load."""
+    for output in outputs:
+        for answer in output.outputs:
+            if len(answer.token_ids) != output_len:
+                raise EngineError(
+                    f"an answer has {len(answer.token_ids)} of {output_len} tokens "
+                    f"({answer.finish_reason}: {answer.stop_reason}); nothing was measured"
+                )
 
 
 def require_room(llm: LLM, input_len: int, output_len: int) -> None:
@@ -48,9 +61,14 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def write_json(path: str | None, figures: dict[str, Any]) -> None:
-    """Nothing without a path."""
+    """Nothing without a path. Raises ConfigError."""
     if path is None:
         return
-    with open(path, "w", encoding="utf-8") as stream:
-        json.dump(figures, stream, indent=2)
-        stream.write("\n")
+    try:
+        with open(path, "w", encoding="utf-8") as stream:
+            json.dump(figures, stream, indent=2)
+            stream.write("\n")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; the figures above are all there are"
+        ) from error

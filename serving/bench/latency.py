@@ -6,7 +6,14 @@ import time
 from typing import Any
 
 from ...engine.llm import LLM
-from .figures import percentiles, random_prompts, require_room, whole_length_params, write_json
+from .figures import (
+    percentiles,
+    random_prompts,
+    require_room,
+    require_whole,
+    whole_length_params,
+    write_json,
+)
 
 
 def run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -20,9 +27,11 @@ def run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
         )
         for i in range(arguments.num_iters_warmup + arguments.num_iters):
             started = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - started
+            require_whole(outputs, arguments.output_len)
             if i >= arguments.num_iters_warmup:
-                latencies.append(time.perf_counter() - started)
+                latencies.append(seconds)
     mean, spread = statistics.fmean(latencies), statistics.pstdev(latencies)
     shares = percentiles(latencies)
     print(f"Avg latency: {mean:.4f} seconds")

@@ -5,7 +5,13 @@ import time
 from typing import Any
 
 from ...engine.llm import LLM
-from .figures import random_prompts, require_room, whole_length_params, write_json
+from .figures import (
+    random_prompts,
+    require_room,
+    require_whole,
+    whole_length_params,
+    write_json,
+)
 
 
 def run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -19,6 +25,7 @@ def run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
         started = time.perf_counter()
         outputs = llm.generate(prompts, params)
         seconds = time.perf_counter() - started
+    require_whole(outputs, arguments.output_len)
     num_prompt_tokens = sum(len(o.prompt_token_ids) for o in outputs)
     num_output_tokens = sum(len(c.token_ids) for o in outputs for c in o.outputs)
     total = num_prompt_tokens + num_output_tokens

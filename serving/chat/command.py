@@ -3,6 +3,7 @@
 import argparse
 import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import Any
 
 from ...engine.config import EngineConfig
@@ -38,6 +39,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from ...engine.llm import LLM
     from .session import Session
 
+    # A byte that is no text, or a letter that the terminal has not, ends no conversation.
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     with LLM(**options) as llm:
         if not llm.get_tokenizer().has_chat_template:
             raise ConfigError(

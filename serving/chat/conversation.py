@@ -2,14 +2,17 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ...engine.errors import ConfigError
+from ...engine.errors import ConfigError, RequestError
 from ...engine.sampling_params import SamplingParams
 
 ROLES = ("user", "assistant")
+# A home that nobody has is a RuntimeError, a name with a NUL or without a name a ValueError.
+_FILE_FAULTS = (OSError, ValueError, RuntimeError)
 
 
 @dataclass
@@ -30,29 +33,29 @@ class Conversation:
         """Written beside and then moved: the old file stays until the new one is whole. Raises
         ConfigError.
         """
-        file = Path(path).expanduser()
-        unfinished = file.with_name(f"{file.name}.unfinished")
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         try:
-            unfinished.write_text(
-                json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-            )
-            os.replace(unfinished, file)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write {path}: {error.strerror}; give another file"
-            ) from error
+            file = Path(path).expanduser()
+            unfinished = file.with_name(f"{file.name}.unfinished")
+            try:
+                # Escaped: half a surrogate pair, which a terminal can send, is no UTF-8.
+                unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                os.replace(unfinished, file)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        except _FILE_FAULTS as error:
+            raise ConfigError(f"cannot write {path}: {_why(error)}; give another file") from error
 
     def load(self, path: str) -> None:
         """Replace everything by what save wrote. Raises ConfigError and then changes nothing."""
         try:
             content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read {path}: {error.strerror}; give a file that /save wrote"
-            ) from error
-        except ValueError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} is not JSON; give a file that /save wrote") from error
+        except _FILE_FAULTS as error:
+            raise ConfigError(
+                f"cannot read {path}: {_why(error)}; give a file that /save wrote"
+            ) from error
         self.system, self.messages, self.sampling = _checked(content, path)
 
 
@@ -70,8 +73,20 @@ def _checked(content: Any, path: str) -> tuple[str | None, list[dict[str, str]],
         )
     if not isinstance(sampling, dict):
         raise ConfigError(f"sampling in {path} must be an object; {way_out}")
-    SamplingParams(**sampling)
+    check_sampling(sampling)
     return system, messages, sampling
+
+
+def check_sampling(sampling: Mapping[str, Any]) -> None:
+    """Raises RequestError for what a conversation cannot be sampled with."""
+    if SamplingParams(**sampling).n != 1:
+        raise RequestError(
+            "n must be 1 in a conversation; quire generate gives several answers", field="n"
+        )
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _is_message(value: Any) -> bool:

@@ -3,14 +3,14 @@
 import difflib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...engine.errors import UsageError
 from ...engine.llm import LLM
 from ...engine.sampling_params import SamplingParams
-from .conversation import Conversation
+from .conversation import Conversation, check_sampling
 from .reader import ReadLine, read_message
 
 HELP = """\
@@ -112,33 +112,33 @@ class Session:
             if "max_model_len" in str(error) and talk.messages:
                 raise UsageError(f"{error} (/clear forgets the conversation so far)") from error
             raise
-        answer, finish_reason = "", None
         started = time.perf_counter()
         first_s = 0.0
         try:
             for delta in stream:
                 first_s = first_s or time.perf_counter() - started
-                answer += delta.text
-                finish_reason = delta.finish_reason
                 self._write(delta.text)
         except KeyboardInterrupt:
+            pass  # it stops the answer; what came of it stays
+        finally:
             stream.close()
-            finish_reason = "stopped"
-        seconds = time.perf_counter() - started
-        self._write("\n")
-        if finish_reason == "error":
-            self._write("the answer ended with an error: its numbers became non-finite\n")
-        elif finish_reason == "length" and params.max_tokens is None:
-            self._write("the answer ended because the context is full; /clear empties it\n")
-        talk.messages += [question, {"role": "assistant", "content": answer}]
-        output = stream.output
+            seconds = time.perf_counter() - started
+            output = stream.output
+            answer = output.outputs[0]
+            if answer.token_ids:
+                talk.messages += [question, {"role": "assistant", "content": answer.text}]
         self._stats = Stats(
             len(output.prompt_token_ids),
             output.num_cached_tokens,
-            len(output.outputs[0].token_ids),
+            len(answer.token_ids),
             first_s,
             seconds,
         )
+        self._write("\n")
+        if answer.finish_reason == "error":
+            self._write(f"the answer ended with an error: {answer.stop_reason}\n")
+        elif answer.finish_reason == "length" and params.max_tokens is None:
+            self._write("the answer ended because the context is full; /clear empties it\n")
 
     def _params(self) -> SamplingParams:
         # Answers go on until the model ends them.
@@ -158,22 +158,25 @@ class Session:
         name, _, written = text.partition(" ")
         written = written.strip()
         if not name:
-            shown = {"max_tokens": None} | self._llm.default_sampling | sampling
-            for key, value in shown.items():
-                self._write(f"{key} {json.dumps(value, ensure_ascii=False, default=list)}\n")
+            for key in {"max_tokens": None} | self._llm.default_sampling | sampling:
+                self._show(key)
             return
         if not written:
-            self._write(f"{name} {getattr(self._params(), name, 'is not a parameter')}\n")
+            asked: dict[str, Any] = {name: getattr(self._params(), name, None)}
+            SamplingParams(**asked)  # raises for what is no parameter
+            self._show(name)
             return
         changed = dict(sampling)
         if written == "-":
             changed.pop(name, None)
         else:
             changed[name] = _value(written)
-        if changed.get("n", 1) != 1:
-            raise UsageError("n must be 1 in a conversation; quire generate gives several answers")
-        SamplingParams(**changed)
+        check_sampling(changed)
         self._conversation.sampling = changed
+
+    def _show(self, name: str) -> None:
+        value = getattr(self._params(), name)
+        self._write(f"{name} {json.dumps(value, ensure_ascii=False, default=_plain)}\n")
 
     def _clear(self, _: str) -> None:
         self._conversation.messages.clear()
@@ -200,5 +203,9 @@ def _value(written: str) -> Any:
     """JSON where it is JSON, else the text itself."""
     try:
         return json.loads(written)
-    except ValueError:
+    except (ValueError, RecursionError):
         return written
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else list(value)

@@ -307,6 +307,16 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours_do(row: int):
     assert_same_bytes(np.asarray(after)[is_mine], np.asarray(before)[is_mine])
 
 
+def test_an_unused_item_overwrites_nothing():
+    """One place for items, none of them used, beside one-query rows."""
+    case = replace(CASES["f32"], items=1)
+    inputs = make_inputs(case, [Row(1, past, "causal") for past in (3, 9, 20)], seed=2)
+    out, _ = compiled(case, "jnp")(*inputs.arguments())
+    want, _ = compiled(case, "reference")(*inputs.arguments())
+    assert np.asarray(want)[: inputs.num_tokens].all(axis=(1, 2)).any()
+    assert_close(out, want, case)
+
+
 def test_donated_pages_are_written_in_place():
     inputs = make_inputs(CASES["f32"], [Row(1, 3, "causal")], 0)
     write = jax.jit(reference.write_kv, donate_argnums=2)

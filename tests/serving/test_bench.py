@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from quire.engine.errors import EngineError
+from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.serving import cli
-from quire.serving.bench.figures import percentiles
+from quire.serving.bench.figures import percentiles, require_whole
 
 MODEL = str(Path(__file__).parents[1] / "reference" / "llama32_tied")
 SMALL = ("--max-model-len", "32", "--max-num-seqs", "4", "--max-num-batched-tokens", "8")
@@ -94,3 +96,11 @@ def test_percentiles_lie_between_the_nearest() -> None:
         "10": pytest.approx(1.4), "25": 2.0, "50": 3.0, "75": 4.0,
         "90": pytest.approx(4.6), "99": pytest.approx(4.96),
     }  # fmt: skip
+
+
+def test_an_answer_that_ended_early_is_no_figure() -> None:
+    answer = CompletionOutput(0, token_ids=[1, 2], finish_reason="error", stop_reason="why")
+    output = RequestOutput("0", None, [1], None, [answer])
+    require_whole([output], 2)
+    with pytest.raises(EngineError, match=r"2 of 3 tokens \(error: why\)"):
+        require_whole([output], 3)

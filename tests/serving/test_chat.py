@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from quire import LLM
+from quire import LLM, CompletionOutput, RequestOutput
 from quire.engine.errors import ConfigError
 from quire.serving import cli
 from quire.serving.chat.conversation import Conversation
@@ -77,13 +77,14 @@ def test_parameters_are_set_shown_taken_back_and_checked(llm: LLM) -> None:
     conversation = Conversation()
     said = talk(
         llm, "/set temperature 0.25", "/set", "/set temperature", "/set temperature -",
-        "/set temprature 1", "/set temperature 9", "/set n 2", "/set stop END",
+        "/set temprature 1", "/set temperature 9", "/set n 2", "/set __class__", "/set stop END",
         conversation=conversation,
     ).splitlines()  # fmt: skip
     assert said[:3] == ["max_tokens null", "temperature 0.25", "temperature 0.25"]
     assert "did you mean temperature?" in said[3]
     assert "from 0 (greedy) to 2, got 9" in said[4]
     assert "n must be 1" in said[5]
+    assert "__class__ is not a sampling parameter" in said[6]
     assert conversation.sampling == {"stop": "END"}
 
 
@@ -120,6 +121,8 @@ def test_a_conversation_is_saved_and_loaded(llm: LLM, tmp_path: Path) -> None:
         ('{"system": 1, "messages": [], "sampling": {}}', "system in"),
         ('{"system": null, "messages": [{"role": "tool"}], "sampling": {}}', "messages in"),
         ('{"system": null, "messages": [], "sampling": {"temperature": 9}}', "temperature must be"),
+        ('{"system": null, "messages": [], "sampling": {"n": 2}}', "n must be 1"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_file_that_is_no_conversation_changes_nothing(
@@ -139,6 +142,66 @@ def test_a_conversation_that_is_too_long_is_refused_and_goes_on(llm: LLM) -> Non
     assert "max_model_len" in said
     assert said.endswith("1 + 1 = 2.\n")
     assert len(conversation.messages) == 2
+
+
+@pytest.mark.parametrize("path", ["/", ".", "~nobody-has-this-name/x", "a\0b", "/no/such/x"])
+def test_files_that_cannot_be_are_one_line(llm: LLM, path: str) -> None:
+    assert talk(llm, f"/save {path}").startswith(f"cannot write {path}: ")
+    assert talk(llm, f"/load {path}").startswith(f"cannot read {path}: ")
+
+
+def test_what_cannot_be_saved_leaves_nothing_behind(llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert "cannot write" in talk(llm, f"/save {tmp_path / 'folder'}")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_half_a_surrogate_pair_is_saved_and_loaded(tmp_path: Path) -> None:
+    file = str(tmp_path / "talk.json")
+    first = Conversation(messages=[{"role": "user", "content": "\ud800"}])
+    first.save(file)
+    second = Conversation()
+    second.load(file)
+    assert second == first
+
+
+def test_values_that_are_no_json_are_text(llm: LLM) -> None:
+    deep = "[" * 100_000
+    assert "100000 bytes long, at most 1024" in talk(llm, f"/set stop {deep}")
+
+
+def test_an_answer_stopped_before_its_first_token_is_not_remembered(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        output = RequestOutput("0", None, [1], None, [CompletionOutput(0)])
+
+        def __iter__(self) -> Iterator[None]:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(LLM, "stream_chat", lambda *_: Interrupted())
+    conversation = Conversation()
+    talk(llm, "hello", conversation=conversation)
+    assert conversation.messages == []
+
+
+def test_a_failed_answer_says_why(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = CompletionOutput(0, "x", [5], finish_reason="error", stop_reason="the numbers")
+
+    class Failed:
+        output = RequestOutput("0", None, [1], None, [failed])
+
+        def __iter__(self) -> Iterator[None]:
+            return iter(())
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(LLM, "stream_chat", lambda *_: Failed())
+    assert talk(llm, "hello").endswith("ended with an error: the numbers\n")
 
 
 def test_saving_where_one_cannot_says_so() -> None:
