@@ -19,6 +19,7 @@ FAMILIES = (
     "mistral_sliding",
     "qwen2",
     "qwen3",
+    "qwen2_mixed_windows",  # two KV groups
 )
 
 # Few programs, so that an engine starts in seconds; large enough for every case here.
