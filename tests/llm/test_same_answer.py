@@ -133,7 +133,7 @@ def test_answer_does_not_depend_on_pages_and_budgets(name: str) -> None:
         check_same(run(llm, requests()))
 
 
-@pytest.mark.parametrize("family", [FAMILY, "mistral_sliding"])
+@pytest.mark.parametrize("family", [FAMILY, "mistral_sliding", "qwen2_mixed_windows"])
 def test_answer_does_not_depend_on_the_others_in_the_batch(family: str) -> None:
     cases = requests()
     with start(family) as llm:
@@ -169,7 +169,7 @@ def test_answer_survives_preemption() -> None:
         check_same(outputs)
 
 
-@pytest.mark.parametrize("family", [FAMILY, "mistral_sliding"])
+@pytest.mark.parametrize("family", [FAMILY, "mistral_sliding", "qwen2_mixed_windows"])
 def test_answer_does_not_depend_on_what_others_left_in_memory(family: str) -> None:
     """NaN in every byte that a request does not own, garbage in idle rows and dispatched arrays."""
     with start(family, max_num_seqs=7, kv_cache_memory_bytes=1 << 20, max_model_len=128) as llm:
