@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .core import StepOutput
+from .core_io import StepOutput
 from .errors import EngineStopped
 from .outputs import CompletionOutput, LogprobsAtPosition, RequestOutput, StreamDelta
 from .request import FinishReason

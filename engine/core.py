@@ -8,7 +8,7 @@ in, StepOutputs out.
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -16,60 +16,18 @@ from ..layers import rows
 from ..layers.programs import SCORE_ROWS, Hidden, Variant
 from ..layers.sampling import Sampled, TokenLogprobs
 from .batch_builder import BatchBuilder, PackedStep
+from .core_io import PositionLogprobs, StepOutput, Submission
 from .errors import RequestError
 from .metrics import CoreMetrics
 from .request import FinishReason, Request
 from .row_packer import RowNeeds, ban_completions, pack_row, pack_tables, row_needs
 from .runner import ROWS_PER_UPDATE, Runner
-from .sampling_params import SamplingParams
 from .scheduler import Chunk, Scheduler, StepPlan
 
 logger = logging.getLogger(__name__)
 
 # A request whose steps failed this often is ended.
 _MAX_FAILURES = 2
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A request at token level. params.max_tokens is resolved; seed is drawn by the caller if none
-    was given. output_token_ids: what an earlier engine made of the request, which goes on after
-    them as if nothing had happened.
-    """
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    choice: int = 0
-    priority: int = 0
-    cache_salt: bytes = b""
-    output_token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class PositionLogprobs:
-    """Logprobs at one position: of the token itself, its rank from 1, and the most likely ones."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top_ids: np.ndarray  # i32[k], by falling logprob; in order of id when all were asked for
-    top: np.ndarray  # f32[k]
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What one step, or a failure, brought one request."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[PositionLogprobs, ...] = ()
-    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None  # with the first token
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    num_cached: int = 0
 
 
 @dataclass
@@ -80,6 +38,8 @@ class _Tracked:
     needs: RowNeeds
     bad_words: tuple[tuple[int, ...], ...]
     stop_ids: frozenset[int]
+    submitted_ns: int
+    queue_ns: int | None = None  # once admitted; 0 once told
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
 
 
@@ -140,12 +100,23 @@ class EngineCore:
         )  # fmt: skip
         for token_id in s.output_token_ids:
             request.append_token(token_id)
-        self.scheduler.add(request)
         stop_ids = frozenset(s.params.stop_token_ids or ())
         if not s.params.ignore_eos:
             stop_ids |= self._eos_ids
         needs = row_needs(request, s.bad_words, self._vocab)
-        self._tracked[s.request_id] = _Tracked(request, needs, s.bad_words, stop_ids)
+        tracked = _Tracked(request, needs, s.bad_words, stop_ids, s.submitted_ns)
+        self.scheduler.add(request)  # last: whatever raises, a request is known to both or to none
+        self._tracked[s.request_id] = tracked
+
+    def counters(self) -> dict[str, int]:
+        """Name -> count since start (metrics.py). From any thread; a step may be under way."""
+        counts: dict[str, int] = asdict(self.metrics)
+        counts["num_preemptions"] = self.scheduler.num_preemptions
+        counts["num_evicted_pages"] = self.scheduler.pool.num_evicted
+        if self.scheduler.prefix_cache is not None:
+            counts["num_prefix_queried_tokens"] = self.scheduler.prefix_cache.num_queried_tokens
+            counts["num_prefix_hit_tokens"] = self.scheduler.prefix_cache.num_hit_tokens
+        return counts
 
     def abort(self, request_id: str) -> None:
         """End a request now; its pages are free for the next step. Unknown ids are ignored: it may
@@ -203,9 +174,12 @@ class EngineCore:
             return
         first_by_slot = {chunk.slot: chunk.first for chunk in plan.chunks}
         narrow = []
+        now_ns = time.monotonic_ns()
         for request in plan.admitted:
             assert request.slot is not None
             tracked = self._tracked[request.request_id]
+            if tracked.queue_ns is None:
+                tracked.queue_ns = now_ns - tracked.submitted_ns
             row = pack_row(request, first_by_slot[request.slot], self._vocab)
             if tracked.needs.tables:
                 tables = pack_tables(request, tracked.bad_words, tracked.stop_ids, self._vocab)
@@ -299,6 +273,7 @@ class EngineCore:
         prompt_logprobs = None
         if request.num_output == 1 and params.prompt_logprobs is not None:
             prompt_logprobs = tuple(tracked.prompt_logprobs)
+        queue_ns, tracked.queue_ns = tracked.queue_ns or 0, 0
         if reason is not None:
             self.scheduler.finish(request, reason, stop_reason)
             del self._tracked[request.request_id]
@@ -311,6 +286,7 @@ class EngineCore:
                 reason,
                 stop_reason,
                 request.num_cached,
+                queue_ns,
             )
         )
 

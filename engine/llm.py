@@ -7,11 +7,12 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from .collector import Collector
 from .config import EngineConfig
-from .core import StepOutput, Submission
+from .core_io import StepOutput, Submission
 from .errors import RequestError
 from .loop import EngineLoop
 from .open_requests import OpenRequests
@@ -39,9 +40,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         keywords = translate(options)
-        self._engine: Engine = start_engine(
-            EngineConfig(model=model, **keywords), lambda line: print(line, file=sys.stderr)
-        )
+        self._engine: Engine = start_engine(EngineConfig(model=model, **keywords), _say)
         self._seed = keywords.get("seed", 0)
         self._loop = EngineLoop(self._engine.core)
         # Also when it is dropped, and at exit: a thread inside XLA would abort the interpreter.
@@ -182,6 +181,11 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         return self._limits.max_model_len
+
+    @property
+    def logits_width(self) -> int:
+        """Token ids that the model reads and gives; a tokenizer may have more or fewer."""
+        return self._limits.logits_width
 
     @property
     def max_num_seqs(self) -> int:
@@ -329,6 +333,13 @@ class Stream:
         if is_done:
             self._choice_by_id.pop(output.request_id, None)
         return self._collector.delta_since(before, choice)
+
+
+def _say(line: str) -> None:
+    """To stderr, if there is one; a full disk behind it is no reason to stop."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(line, file=sys.stderr)
 
 
 def _shut_down(loop: EngineLoop, runner: Runner) -> None:

@@ -6,10 +6,13 @@ this thread. Idle, it sleeps.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from .core import EngineCore, StepOutput, Submission
+from .core import EngineCore
+from .core_io import StepOutput, Submission
 from .errors import EngineStopped, UsageError
 from .request import FinishReason
 
@@ -18,11 +21,26 @@ logger = logging.getLogger(__name__)
 Sink = Callable[[StepOutput], None]
 
 
+@dataclass(frozen=True)
+class LoopStatus:
+    """has_work: requests are queued, waiting, running or in flight. step_age_ns: since the last
+    step ended, or since work came to an idle loop; 0 without work.
+    """
+
+    has_work: bool
+    step_age_ns: int
+
+
 class EngineLoop:
     """Owns the core once started; nothing else may touch it."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, after_step: Callable[[], None] = lambda: None) -> None:
+        """after_step: called on the loop's thread when the outputs of a step have gone to their
+        sinks; it must neither wait nor raise.
+        """
         self._core = core
+        self._after_step = after_step
+        self._moved_ns = 0
         self._wake = threading.Condition()
         self._inbox: deque[tuple[Submission, Sink] | str] = deque()
         self._sinks: dict[str, Sink] = {}
@@ -35,14 +53,27 @@ class EngineLoop:
         """Queue requests; their outputs go to `sink`. Raises EngineStopped after close()."""
         with self._wake:
             self._require_open()
+            self._note_arrival()
             self._inbox.extend((s, sink) for s in submissions)
             self._wake.notify()
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests; nothing more comes of them. Unknown ids are ignored."""
         with self._wake:
+            self._note_arrival()
             self._inbox.extend(request_ids)
             self._wake.notify()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the loop, if it was not close()."""
+        return self._failure
+
+    def status(self) -> LoopStatus:
+        """Whether the loop moves; answers from any thread while a step is stuck."""
+        if not self._has_work():
+            return LoopStatus(False, 0)
+        return LoopStatus(True, time.monotonic_ns() - self._moved_ns)
 
     def close(self) -> None:
         """Stop after the step under way. Requests still running end with `abort`."""
@@ -51,6 +82,13 @@ class EngineLoop:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or self._core.has_work
+
+    def _note_arrival(self) -> None:
+        if not self._has_work():
+            self._moved_ns = time.monotonic_ns()
 
     def _require_open(self) -> None:
         if self._failure is not None:
@@ -65,6 +103,8 @@ class EngineLoop:
             while self._take_commands():
                 for output in self._core.step():
                     self._deliver(output)
+                self._moved_ns = time.monotonic_ns()
+                self._after_step()
         except BaseException as error:
             # Nobody else would see it: a thread's exception ends only the thread.
             logger.exception("the step loop failed")
@@ -82,6 +122,7 @@ class EngineLoop:
             reason = FinishReason.ABORT if self._failure is None else FinishReason.ERROR
             for request_id in list(self._sinks):
                 self._deliver(_ended(request_id, reason, why))
+            self._after_step()
 
     def _take_commands(self) -> bool:
         """Apply what came in; sleep while there is nothing to do. False when closing."""
@@ -117,6 +158,11 @@ class EngineLoop:
             self._core.submit(submission)
         except UsageError as error:
             self._deliver(_ended(submission.request_id, FinishReason.ERROR, str(error)))
+        except Exception as error:
+            # The border of a request: a fault of ours that one submission shows ends only that one.
+            logger.exception("request %s could not be queued", submission.request_id)
+            why = f"the engine failed to queue the request: {error}"
+            self._deliver(_ended(submission.request_id, FinishReason.ERROR, why))
 
     def _deliver(self, output: StepOutput) -> None:
         if output.finish_reason is None:

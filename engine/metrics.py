@@ -1,4 +1,8 @@
-"""Counters of the step loop. Plain integers, owned by the loop's thread; readers take a copy."""
+"""Counters of the step loop. Plain integers, owned by the loop's thread; readers take a copy.
+
+EngineCore.counters() adds those that the scheduler and the prefix cache keep: num_preemptions,
+num_evicted_pages, num_prefix_queried_tokens, num_prefix_hit_tokens.
+"""
 
 from dataclasses import dataclass
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from .collector import Collector
-from .core import StepOutput, Submission
+from .core_io import StepOutput, Submission
 from .loop import EngineLoop
 from .outputs import RequestOutput
 from .text.tokenizer import Tokenizer

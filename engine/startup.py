@@ -6,10 +6,12 @@ Everything that can be refused is refused before memory is taken.
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from ..layers.programs import Programs
 from ..layers.quantization.plain import Plain
 from ..pallas_kernels import registry
 from . import memory
-from .buckets import plan_buckets
+from .buckets import Buckets, plan_buckets
 from .compiler import CompileReport, default_cache_dir, open_cache, return_freed_memory
 from .config import EngineConfig
 from .core import EngineCore
@@ -35,6 +37,8 @@ from .runner import Runner
 from .scheduler import Scheduler, SchedulerConfig
 
 Say = Callable[[str], None]
+# What is under way, how much of it is done, and how much there is: programs, or bytes of weights.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,19 @@ class Engine:
         return self.files.info.model.vocab_size
 
 
-def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
-    """A warm engine. `say` is called with one line per phase. Raises UsageError."""
+def start_engine(
+    config: EngineConfig,
+    say: Say,
+    *,
+    depth: int = 1,
+    secret: bytes | None = None,
+    progress: Progress | None = None,
+) -> Engine:
+    """A warm engine. `say` is called with one line per phase. Raises UsageError.
+
+    secret: 32 bytes, the key of the prefix cache's hashes; drawn when not given. progress: called
+    from several threads, instead of bars on the terminal.
+    """
     started = time.perf_counter()
     if config.tensor_parallel_size != 1:
         raise ConfigError(
@@ -65,6 +80,7 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
     files = open_model(config)
     say(files.line())
     sizes = Sizes.resolve(config)
+    bar = _bar if progress is None else partial(_Told, progress)
     build = Builder(config, files, sizes, make_mesh(config.tensor_parallel_size))
     kv_plan = plan_kv(config, files, build.layout, sizes, cache, build.kv_budget)
     if kv_plan.note:
@@ -75,11 +91,11 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
     say(f"ops: {', '.join(f'{op} by {name}' for op, name in build.ops.names().items())}")
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
         # Reading files and compiling need different things; they go side by side.
-        loading = pool.submit(build.weights)
+        loading = pool.submit(build.weights, bar)
         report = CompileReport(loaded=0, compiled=0, lower_s=0.0, total_s=0.0)
         if not config.lazy_compile:
-            with _bar("programs", len(runner.program_specs()), unit="program") as bar:
-                report = runner.compile(lambda _: bar.update())
+            with bar("programs", len(runner.program_specs()), unit="program") as programs:
+                report = runner.compile(lambda _: programs.update())
             say(report.line())
             _note_useless_cache(cache, report, say)
         plan = build.memory_plan(runner)
@@ -91,7 +107,8 @@ def start_engine(config: EngineConfig, say: Say, *, depth: int = 1) -> Engine:
     if not config.lazy_compile:
         runner.warm_up()
     return_freed_memory()
-    core = EngineCore(runner, build.scheduler(kv_plan), eos_ids=files.eos_ids, depth=depth)
+    scheduler = build.scheduler(kv_plan, secret or secrets.token_bytes(32))
+    core = EngineCore(runner, scheduler, eos_ids=files.eos_ids, depth=depth)
     say(f"ready in {time.perf_counter() - started:.1f} s")
     return Engine(core, files, kv_plan.max_model_len, plan, report)
 
@@ -118,14 +135,7 @@ class Builder:
                 sizes.page_size,
                 Context(self.ops, MODEL if self.config.tensor_parallel_size > 1 else None),
             ),
-            plan_buckets(
-                sizes.platform,
-                max_num_seqs=sizes.max_num_seqs,
-                max_num_batched_tokens=sizes.max_num_batched_tokens,
-                token_buckets=self.config.token_buckets,
-                pages_per_row=kv_plan.table_width,
-                num_groups=self.layout.num_groups,
-            ),
+            self.buckets(kv_plan),
             self.mesh,
             self.format,
             num_pages=kv_plan.num_pages,
@@ -133,7 +143,17 @@ class Builder:
             num_logprobs=vocab if wanted == -1 else min(wanted, vocab),
         )
 
-    def scheduler(self, kv_plan: KVPlan) -> Scheduler:
+    def buckets(self, kv_plan: KVPlan) -> Buckets:
+        return plan_buckets(
+            self.sizes.platform,
+            max_num_seqs=self.sizes.max_num_seqs,
+            max_num_batched_tokens=self.sizes.max_num_batched_tokens,
+            token_buckets=self.config.token_buckets,
+            pages_per_row=kv_plan.table_width,
+            num_groups=self.layout.num_groups,
+        )
+
+    def scheduler(self, kv_plan: KVPlan, secret: bytes) -> Scheduler:
         return Scheduler(
             SchedulerConfig(
                 page_size=self.sizes.page_size,
@@ -143,20 +163,21 @@ class Builder:
                 max_model_len=kv_plan.max_model_len,
                 windows=self.layout.windows,
                 enable_prefix_caching=self.config.enable_prefix_caching,
-                secret=secrets.token_bytes(32),
+                secret=secret,
+                fill=self.buckets(kv_plan).fill,
             )
         )
 
-    def weights(self) -> Any:
+    def weights(self, bar: Callable[..., Any]) -> Any:
         """The weights on the device."""
         params, checkpoint = self.files.info.model.params(), self.files.checkpoint
         if checkpoint is None:
             return dummy_weights(params, self.format, self.mesh, self.config.seed)
         is_unused = self.files.info.model.is_unused
-        with _bar("weights", self.weight_bytes(), unit="B", unit_scale=True, position=1) as bar:
+        with bar("weights", self.weight_bytes(), unit="B", unit_scale=True, position=1) as loaded:
             try:
                 return load_weights(
-                    checkpoint, params, self.format, self.mesh, is_unused, bar.update
+                    checkpoint, params, self.format, self.mesh, is_unused, loaded.update
                 )
             except CheckpointError as error:
                 raise ModelError(str(error)) from error
@@ -200,9 +221,30 @@ class _NoBar:
         pass
 
 
+class _Told:
+    """A bar that someone else draws."""
+
+    def __init__(self, progress: Progress, name: str, total: int, **_: Any) -> None:
+        self._progress, self._name, self._total = progress, name, total
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def __enter__(self) -> "_Told":
+        self.update(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: int = 1) -> None:
+        with self._lock:
+            self._done += count
+            self._progress(self._name, self._done, self._total)
+
+
 def _bar(name: str, total: int, **options: Any) -> Any:
     """A progress bar, on a terminal only."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return _NoBar()
     from tqdm.auto import tqdm
 

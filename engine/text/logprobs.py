@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..outputs import Logprob, LogprobsAtPosition
 
 if TYPE_CHECKING:
-    from ..core import PositionLogprobs
+    from ..core_io import PositionLogprobs
     from .tokenizer import Tokenizer
 
 __all__ = ["LogprobsAtPosition", "logprobs_at"]

@@ -203,6 +203,14 @@ def test_params_replace_validates_again():
         dataclasses.replace(params, max_tokens=0)
 
 
+@pytest.mark.parametrize("name", ["cls", "self", "positional", "given"])
+def test_params_refuse_the_names_of_their_own_parameters(name):
+    """`cls` was the parameter of __new__, and as a field a bare TypeError, which ended a batch."""
+    with pytest.raises(RequestError, match=f"{name} is not a sampling parameter") as caught:
+        SamplingParams(**{name: 1})
+    assert caught.value.field == name
+
+
 def test_params_are_immutable():
     params = SamplingParams(logit_bias={1: 2.0})
     with pytest.raises(dataclasses.FrozenInstanceError):

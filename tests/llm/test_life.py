@@ -175,3 +175,10 @@ def test_tokens_read_before_a_failed_recovery_are_delivered(
     with pytest.raises(EngineStopped, match="the engine has failed"):
         llm.generate([[1]])
     llm.close()
+
+
+def test_start_without_a_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `2>&-`; and print(file=None) would go to stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with start("llama32_tied") as llm:
+        assert llm.generate("a", SamplingParams(max_tokens=1), use_tqdm=False)

@@ -50,7 +50,8 @@ class CoreServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Run(self, request_iterator, context):
-        """The gateway's one stream. When it ends, its requests are aborted.
+        """The gateway's one stream. When it ends, its requests are aborted. A newer one takes the place of
+        an older one, which ends with ABORTED; one that is not read ends with RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

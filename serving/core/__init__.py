@@ -1,0 +1,1 @@
+"""The core process: the step loop behind a private socket."""

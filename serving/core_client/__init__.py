@@ -1,0 +1,1 @@
+"""How another process talks to the core, without JAX."""

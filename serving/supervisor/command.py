@@ -1,0 +1,71 @@
+"""What `quire engine` does once its options are read: the children, their folder, their secret."""
+
+import asyncio
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...engine.config import EngineConfig
+from ..core_client.client import CoreClient
+from .child import Child
+from .display import Display
+from .folder import private_folder
+from .supervisor import Limits, Supervisor
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The process in front of the core. Its first message is `options` and besides
+    {"core_socket": path, "secret": hex}.
+    """
+
+    command: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_engine(
+    engine: Mapping[str, Any], gateway: Gateway | None = None, limits: Limits | None = None
+) -> int:
+    """Supervise a core, and a gateway if one is given, until a signal ends them. The exit code.
+
+    engine: options of EngineConfig. Raises ConfigError before anything is started.
+    """
+    EngineConfig(**engine)
+    with private_folder() as folder:
+        return asyncio.run(_run(dict(engine), gateway, limits or Limits(), folder))
+
+
+async def _run(
+    engine: dict[str, Any], gateway: Gateway | None, limits: Limits, folder: Path
+) -> int:
+    socket = folder / "core.sock"
+    # The same for every core that is started here, and for the gateway: so are hashes of prefixes.
+    secret = secrets.token_bytes(32).hex()
+    client = CoreClient(socket)
+    core = Child(
+        "core",
+        # -P: the folder that we were started in is no place to import from.
+        (sys.executable, "-P", "-m", "quire.serving.core"),
+        {"engine": engine, "secret": secret, "socket": str(socket)},
+        why_stuck=lambda: why_core_is_stuck(client, limits.step_timeout_s),
+    )
+    children = [core]
+    if gateway is not None:
+        shared = {"core_socket": str(socket), "secret": secret}
+        options = {**gateway.options, **shared}
+        children.append(Child("gateway", gateway.command, options, drains=True))
+    try:
+        return await Supervisor(children, limits, Display()).run()
+    finally:
+        await client.close()
+
+
+async def why_core_is_stuck(client: CoreClient, step_timeout_s: float) -> str | None:
+    """None while the core moves or has nothing to do. Raises EngineStopped without an answer."""
+    status = await client.status(step_timeout_s)
+    if status.has_work and status.step_age_ns > step_timeout_s * 1e9:
+        return f"a step has not ended for {status.step_age_ns / 1e9:.1f} s"
+    return None

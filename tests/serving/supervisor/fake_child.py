@@ -1,0 +1,42 @@
+"""A child without an engine: its options say how it behaves. Lines of its log say what happened."""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from quire.serving.supervisor.channel import channel_of
+
+
+def main() -> None:
+    channel = channel_of(sys.argv)
+    options = channel.receive()
+
+    def note(line: str) -> None:
+        with open(options["log"], "a") as log:
+            log.write(f"{line}\n")
+
+    def end(*_: Any) -> None:
+        note("term")
+        if options.get("is_deaf"):
+            return
+        time.sleep(options.get("drain_s", 0))
+        note("drained")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    note(f"pid {os.getpid()}")
+    channel.watch(lambda m: note(f"{m['name']} {m['state']} {m['restarts']}"))
+    if "refusal" in options:
+        channel.say("refused", why=options["refusal"])
+        sys.exit(2)
+    if "exit_code" in options:
+        sys.exit(options["exit_code"])
+    channel.say("ready")
+    while True:  # until a signal
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Starting, restarting and ending children, with children that have no engine."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .supervised import Supervised, is_alive, lines, wait_until
+
+
+class Fakes:
+    """Options of fake children, and what each of them noted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def options(self, **options_by_name: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: {"log": str(self.folder / f"{name}.log"), **options}
+            for name, options in options_by_name.items()
+        }
+
+    def noted(self, name: str) -> list[str]:
+        return lines(self.folder / f"{name}.log")
+
+    def pids(self, name: str) -> list[int]:
+        return [int(line[4:]) for line in self.noted(name) if line.startswith("pid ")]
+
+    def until_noted(self, name: str, line: str, count: int = 1) -> None:
+        wait_until(lambda: self.noted(name).count(line) >= count)
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Fakes:
+    return Fakes(tmp_path)
+
+
+def test_sigterm_ends_everything(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={}, gateway={})
+    with Supervised(tmp_path, children=children) as supervised:
+        fakes.until_noted("gateway", "core ready 0")
+        fakes.until_noted("core", "gateway ready 0")
+        supervised.send(signal.SIGTERM)
+        assert supervised.wait(5) == 0
+        assert not any(is_alive(pid) for name in children for pid in fakes.pids(name))
+        assert supervised.text == ""
+
+
+def test_gateway_drains_before_the_core_ends(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={}, gateway={"drain_s": 0.5})
+    with Supervised(tmp_path, children=children) as supervised:
+        fakes.until_noted("gateway", "core ready 0")
+        supervised.send(signal.SIGTERM)
+        fakes.until_noted("gateway", "term")
+        assert is_alive(fakes.pids("core")[0])
+        fakes.until_noted("gateway", "drained")
+        assert supervised.wait(5) == 0
+        assert {"term", "drained"} <= set(fakes.noted("core"))
+
+
+def test_drain_ends_after_its_time(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={}, gateway={"is_deaf": True})
+    with Supervised(tmp_path, children=children, limits={"drain_timeout_s": 0.2}) as supervised:
+        fakes.until_noted("gateway", "core ready 0")
+        supervised.send(signal.SIGTERM)
+        assert supervised.wait(8) == 0
+        assert supervised.text == "quire: the gateway did not end within 2.2 s; killing it\n"
+        assert not any(is_alive(pid) for name in children for pid in fakes.pids(name))
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_kills_at_once(fakes: Fakes, tmp_path: Path, second: signal.Signals) -> None:
+    children = fakes.options(core={}, gateway={"drain_s": 60})
+    with Supervised(tmp_path, children=children) as supervised:
+        fakes.until_noted("gateway", "core ready 0")
+        supervised.send(signal.SIGINT)
+        fakes.until_noted("gateway", "term")
+        supervised.send(second)
+        assert supervised.wait(2) == 128 + second
+        assert not any(is_alive(pid) for name in children for pid in fakes.pids(name))
+
+
+def test_core_is_restarted_during_a_drain(fakes: Fakes, tmp_path: Path) -> None:
+    """Open requests are resumed in it."""
+    children = fakes.options(core={}, gateway={"drain_s": 1.5})
+    with Supervised(tmp_path, children=children) as supervised:
+        fakes.until_noted("gateway", "core ready 0")
+        supervised.send(signal.SIGTERM)
+        fakes.until_noted("gateway", "term")
+        subprocess.run(["kill", "-9", str(fakes.pids("core")[0])], check=True)
+        wait_until(lambda: len(fakes.pids("core")) == 2)
+        assert supervised.wait(8) == 0
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_children_do_not_outlive_a_killed_supervisor(
+    fakes: Fakes, tmp_path: Path, is_stopped: bool
+) -> None:
+    children = fakes.options(core={}, gateway={"is_deaf": True})
+    with Supervised(tmp_path, children=children) as supervised:
+        fakes.until_noted("gateway", "core ready 0")
+        fakes.until_noted("core", "gateway ready 0")
+        pids = fakes.pids("core") + fakes.pids("gateway")
+        if is_stopped:
+            subprocess.run(["kill", "-STOP", *map(str, pids)], check=True)
+        supervised.process.kill()
+        wait_until(lambda: not any(map(is_alive, pids)), timeout_s=2)
+
+
+def test_ended_child_is_restarted_and_the_others_are_told(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={}, gateway={})
+    with Supervised(tmp_path, children=children) as supervised:
+        fakes.until_noted("gateway", "core ready 0")
+        subprocess.run(["kill", "-9", str(fakes.pids("core")[0])], check=True)
+        fakes.until_noted("gateway", "core ready 1")
+        assert fakes.noted("gateway")[-3:] == ["core ended 0", "core starting 1", "core ready 1"]
+        assert len(fakes.pids("gateway")) == 1
+        assert supervised.text == (
+            "quire: the core ended (killed by SIGKILL); restarting it (1 of 5 times in 300 s)\n"
+        )
+        supervised.send(signal.SIGTERM)
+        assert supervised.wait(5) == 0
+
+
+@pytest.mark.parametrize(
+    ("question", "why"),
+    [("unanswered", "it has not answered for 0.3 s: timed out"), ("stuck", "it stands still")],
+)
+def test_child_that_is_stuck_is_restarted(
+    fakes: Fakes, tmp_path: Path, question: str, why: str
+) -> None:
+    children = fakes.options(core={"question": question}, gateway={})
+    with Supervised(tmp_path, children=children, limits={"step_timeout_s": 0.3}) as supervised:
+        fakes.until_noted("gateway", "core ready 1")
+        assert f"({why}); restarting it" in supervised.text
+
+
+def test_restarts_have_a_budget(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={"exit_code": 3}, gateway={})
+    with Supervised(tmp_path, children=children, limits={"max_restarts": 2}) as supervised:
+        assert supervised.wait() == 1
+        assert len(fakes.pids("core")) == 3
+        *restarts, last = supervised.text.splitlines()
+        assert len(restarts) == 2
+        assert last == (
+            "quire: the core ended (exit code 3) after 2 restarts in 300 s; giving up, its "
+            "messages above say more"
+        )
+        assert not is_alive(fakes.pids("gateway")[0])
+
+
+def test_restarts_of_long_ago_do_not_count(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={"exit_code": 3})
+    limits = {"max_restarts": 1, "restart_window_s": 0.01}
+    with Supervised(tmp_path, children=children, limits=limits):
+        wait_until(lambda: len(fakes.pids("core")) > 4)
+
+
+def test_refusal_ends_with_its_line(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={"refusal": "no such model; give another"}, gateway={})
+    with Supervised(tmp_path, children=children) as supervised:
+        assert supervised.wait() == 2
+        assert supervised.text == "quire: no such model; give another\n"
+        assert len(fakes.pids("core")) == 1
+        assert not any(map(is_alive, fakes.pids("gateway")))
+
+
+def test_sigterm_right_at_the_start_leaves_nothing(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={}, gateway={})
+    with Supervised(tmp_path, children=children) as supervised:
+        wait_until(lambda: supervised.children())
+        supervised.send(signal.SIGTERM)
+        supervised.wait(5)
+        time.sleep(0.1)
+        assert not any(is_alive(pid) for name in children for pid in fakes.pids(name))
+
+
+def test_supervisor_and_client_load_no_jax() -> None:
+    code = (
+        "import sys, quire.serving.supervisor.command, quire.serving.core_client.client\n"
+        "import quire.serving.core_client.wire, quire.serving.supervisor.channel\n"
+        "assert not {'jax', 'flax', 'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
