@@ -111,7 +111,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
 
-    def __new__(cls, *positional: object, **given: object) -> Self:
+    def __new__(cls, /, *positional: object, **given: object) -> Self:
         """Refuse unknown names here, before the generated __init__ would with a bare TypeError."""
         if positional:
             raise RequestError(

@@ -8,10 +8,12 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from ...engine.errors import ConfigError
-from .line_reader import LineReader, count_lines
+from .line_reader import count_lines
 from .progress import Progress
 from .result_file import ResultFile, open_results
 from .run import BatchRun, Start
+from .say import say
+from .unfinished import UnfinishedLines
 
 
 def run_batch(
@@ -31,24 +33,25 @@ def run_batch(
         descriptor = stack.enter_context(_open_input(input_path))
         results = stack.enter_context(closing(open_results(output_path)))
         _require_two_files(descriptor, results)
+        results.read_finished()
         if results.num_cut_bytes:
-            _say(f"cut {results.num_cut_bytes} bytes of an unfinished line off {results.name}")
+            say(f"cut {results.num_cut_bytes} bytes of an unfinished line off {results.name}")
         if results.num_complete:
-            _say(f"{results.name} has {results.num_complete} results; going on from there")
+            say(f"{results.name} has {results.num_complete} results; going on from there")
         progress = stack.enter_context(closing(Progress(count_lines(descriptor))))
-        reader = LineReader(descriptor)
-        run = BatchRun(reader, results, progress, sampling=sampling, is_ordered=is_ordered)
+        lines = UnfinishedLines(descriptor, results.finished, progress)
+        run = BatchRun(lines, results, progress, sampling=sampling, is_ordered=is_ordered)
         signal_code = run.run(start)
         progress.close()
         if signal_code is not None:
-            _say(f"interrupted; {results.num_complete} results are complete{results.go_on}")
+            say(f"interrupted; {results.num_complete} results are complete{results.go_on}")
             return signal_code
         if results.finished.num_unmet:
-            _say(
+            say(
                 f"{results.name} has {results.finished.num_unmet} results of lines that the input "
                 "does not have"
             )
-        _say(progress.summary(results.num_errors - progress.num_errors))
+        say(progress.summary(results.num_errors - progress.num_errors))
         return 1 if results.num_errors else 0
 
 
@@ -78,7 +81,3 @@ def _require_two_files(descriptor: int, results: ResultFile) -> None:
     source, target = os.fstat(descriptor), os.fstat(results.descriptor)
     if stat.S_ISREG(source.st_mode) and os.path.samestat(source, target):
         raise ConfigError(f"the input and {results.name} are the same file; give another --output")
-
-
-def _say(line: str) -> None:
-    print(f"quire: {line}", file=sys.stderr)

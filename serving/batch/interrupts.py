@@ -30,6 +30,8 @@ class Interrupts:
         """For a long call in which nothing can be torn: a signal raises KeyboardInterrupt."""
         self._raises = True
         try:
+            if self.signal is not None:  # it came just before
+                raise KeyboardInterrupt
             yield
         finally:
             self._raises = False

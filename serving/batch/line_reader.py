@@ -4,9 +4,11 @@ Knows bytes only. Reads the descriptor itself, so that a pipe without data does 
 that are ready.
 """
 
+import contextlib
 import os
 import select
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_LINE_BYTES = 32 << 20  # as the body of an HTTP request
@@ -56,6 +58,12 @@ class LineReader:
                 return None
             self._fill()
 
+    def look_for_end(self) -> None:
+        """Notice the end now if nothing is left, without a wait. Raises OSError."""
+        is_empty = self._start == len(self._held) and not self._is_drained
+        if is_empty and select.select([self._descriptor], [], [], 0.0)[0]:
+            self._fill()
+
     def _fill(self) -> None:
         del self._held[: self._start]
         self._searched -= self._start
@@ -75,17 +83,36 @@ class LineReader:
         return Line(self._number, content)
 
 
+def is_regular(descriptor: int) -> bool:
+    """A file that can be read twice."""
+    return stat.S_ISREG(os.fstat(descriptor).st_mode)
+
+
+@contextlib.contextmanager
+def read_ahead(descriptor: int) -> Iterator[LineReader]:
+    """A reader of what is left of a regular file, whose position is put back afterwards."""
+    at = os.lseek(descriptor, 0, os.SEEK_CUR)
+    try:
+        yield LineReader(descriptor)
+    finally:
+        os.lseek(descriptor, at, os.SEEK_SET)
+
+
 def count_lines(descriptor: int) -> int | None:
-    """How many lines are left to read of a regular file, its position unchanged; None for others.
+    """How many lines are left to read of a regular file, its position unchanged; None for others,
+    and for one that cannot be read, which is left to the reader to say.
 
     Cost: one pass over the file, about a second per GiB.
     """
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if not is_regular(descriptor):
         return None
     at = os.lseek(descriptor, 0, os.SEEK_CUR)
     num_lines, last = 0, b"\n"
-    while chunk := os.pread(descriptor, 1 << 20, at):
-        num_lines += chunk.count(b"\n")
-        last = chunk[-1:]
-        at += len(chunk)
+    try:
+        while chunk := os.pread(descriptor, 1 << 20, at):
+            num_lines += chunk.count(b"\n")
+            last = chunk[-1:]
+            at += len(chunk)
+    except OSError:
+        return None
     return num_lines + (last != b"\n")

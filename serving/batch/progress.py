@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from .result_line import Usage
+from .say import say
 
 _LINE_EVERY_S = 10.0
 
@@ -64,7 +65,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._errors()}{rate:.1f} tokens/s")
         else:
-            print(self._line(rate), file=sys.stderr)
+            say(self._line(rate))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -101,7 +102,7 @@ def _clock(seconds: float) -> str:
 
 
 def _bar(total: int | None, num_done: int) -> Any:
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return None
     from tqdm.auto import tqdm
 

@@ -9,15 +9,18 @@ import errno
 import fcntl
 import json
 import os
+import re
 import select
 import stat
 import sys
+from collections.abc import Callable
 from io import FileIO
 from typing import NoReturn
 
 from ...engine.errors import ConfigError, QuireError
 from .finished import Finished
 from .result_line import HEAD, Result
+from .say import say
 
 _GO_ON = "run the same command again to go on"
 _WAY_OUT = {
@@ -27,8 +30,15 @@ _WAY_OUT = {
 }
 
 
+_WAIT_S = 0.2  # how late an interrupt may be noticed while nobody reads the output
+
+
 class BatchStopped(QuireError):
-    """A run ended early. What is written stays, and the same command goes on from there."""
+    """A run ended early. What is written stays, and the same command goes on from there.
+
+    Of its own, beside the tree of engine/errors.py: it is this command's, never the library's, and
+    neither the caller's mistake (a full disk is not) nor always the engine's.
+    """
 
 
 class ResultFile:
@@ -55,15 +65,18 @@ class ResultFile:
         """What a user does after a run that ended early."""
         return f"; {_GO_ON}" if self._is_kept else ""
 
-    def append(self, result: Result) -> None:
-        """Raises BatchStopped when the line cannot be written; then nothing of it stays."""
+    def append(self, result: Result, is_interrupted: Callable[[], bool]) -> None:
+        """Raises BatchStopped when the line cannot be written; then nothing of it stays. A pipe
+        that nobody reads is waited for until the interrupt; then raises KeyboardInterrupt.
+        """
         line = memoryview(result.content + b"\n")
         try:
             while line:
-                num_written = self._stream.write(line)
-                if num_written is None:  # a pipe that was made non-blocking is full
-                    select.select([], [self.descriptor], [])
-                line = line[num_written or 0 :]
+                if not self._is_kept:
+                    self._wait_for_room(is_interrupted)
+                # No more than fits into a pipe that has room, so that the write does not block.
+                chunk = line if self._is_kept else line[: select.PIPE_BUF]
+                line = line[self._stream.write(chunk) or 0 :]
         except BrokenPipeError:
             raise  # whoever read our output has gone: no message is wanted
         except OSError as error:
@@ -87,7 +100,11 @@ class ResultFile:
         self._stream.close()
 
     def read_finished(self) -> None:
-        """Take in the results that are there; a torn last line is cut off. Raises ConfigError."""
+        """Take in the results that are there; a torn last line is cut off. Raises ConfigError, and
+        before anything is changed.
+        """
+        if not self._is_kept:
+            return
         end = 0
         with open(self.descriptor, "rb", closefd=False) as lines:
             lines.seek(0)
@@ -98,7 +115,9 @@ class ResultFile:
                 line = head + lines.readline()
                 is_last = not lines.peek(1)
                 if not self._take_in(line):
-                    if not is_last or not _is_torn(line):
+                    # A lone torn line must show more of our form: it may be another's file.
+                    is_ours = _is_torn(line) if self.num_complete else _is_torn_first(line)
+                    if not is_last or not is_ours:
                         self._refuse_file()
                     break
                 end += len(line)
@@ -126,20 +145,26 @@ class ResultFile:
             self._refuse_file()
         if not line.endswith(b"\n"):
             return False
-        if not self.finished.add(result["id"], result["index"]):
+        is_error = result["error"] is not None
+        if not self.finished.add(result["id"], result["index"], is_error=is_error):
             raise ConfigError(
                 f"line {self.num_complete + 1} of {self.name} has an id or an index that an "
                 "earlier line has; it was changed, give another --output"
             )
         self.num_complete += 1
-        self.num_errors += result["error"] is not None
+        self.num_errors += is_error
         return True
 
     def _refuse_file(self) -> NoReturn:
         raise ConfigError(
             f"line {self.num_complete + 1} of {self.name} is not a result of this command, and it "
-            "is not overwritten; give another --output, or remove the file"
+            "is not overwritten; give another --output"
         )
+
+    def _wait_for_room(self, is_interrupted: Callable[[], bool]) -> None:
+        while not select.select([], [self.descriptor], [], _WAIT_S)[1]:
+            if is_interrupted():
+                raise KeyboardInterrupt
 
     def _cut_back(self) -> None:
         """Remove the beginning of a line that could not be finished; if even that fails, the next
@@ -163,10 +188,28 @@ def _is_torn(line: bytes) -> bool:
     return begun.startswith(HEAD) or HEAD.startswith(begun)
 
 
+_NEXT = b', "index": '
+_BEGUN_ID = re.compile(rb'-?|"(?:[^"\\\n]|\\.)*\\?')
+_WHOLE_ID = re.compile(rb'-?[0-9]+|"(?:[^"\\]|\\.)*"')
+
+
+def _is_torn_first(line: bytes) -> bool:
+    """Whether this begins like a result as far as its index, or was cut before that."""
+    begun = line.rstrip(b"\0")
+    if not begun.strip(b"\0\n"):
+        return True
+    if not begun.startswith(HEAD):
+        return HEAD.startswith(begun)
+    begun = begun.removeprefix(HEAD)
+    whole = _WHOLE_ID.match(begun)
+    if whole is None:
+        return _BEGUN_ID.fullmatch(begun) is not None
+    rest = begun[whole.end() :]
+    return rest.startswith(_NEXT) or _NEXT.startswith(rest)
+
+
 def open_results(path: str) -> ResultFile:
-    """The output, locked, with what it holds. "-" is stdout. Raises ConfigError, and before
-    anything is changed.
-    """
+    """The output, locked; what it holds is not read yet. "-" is stdout. Raises ConfigError."""
     if path == "-":
         if sys.stdout is None:
             raise ConfigError("--output - needs an open stdout; give a file")
@@ -187,7 +230,6 @@ def open_results(path: str) -> ResultFile:
     try:
         if not is_special:
             _lock(descriptor, path)
-            results.read_finished()
     except BaseException:
         results.close()
         raise
@@ -202,7 +244,4 @@ def _lock(descriptor: int, path: str) -> None:
             f"another run is writing {path}; wait for its end, or give another --output"
         ) from None
     except OSError as error:
-        print(
-            f"{path} cannot be locked ({error.strerror}); see that no second run writes it",
-            file=sys.stderr,
-        )
+        say(f"{path} cannot be locked ({error.strerror}); see that no second run writes it")

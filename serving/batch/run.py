@@ -4,22 +4,22 @@ Memory holds one line of the input and a window of requests, however long the in
 that wait for their turn count to the window. The engine is started when the first line needs it.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ...engine.errors import ConfigError, EngineError, RequestError
+from ...engine.errors import ConfigError, EngineError, EngineStopped, RequestError
 from ...engine.sampling_params import SamplingParams
 from .interrupts import Interrupts
-from .line_reader import Line, LineReader
 from .line_request import LineRequest
 from .progress import Progress
-from .read_line import read_line
 from .result_file import BatchStopped, ResultFile
 from .result_line import Origin, Result, answered, refused
 from .result_order import AsFinished, InOrder
+from .unfinished import UnfinishedLine, UnfinishedLines
 
 if TYPE_CHECKING:
     from ...engine.llm import LLM
@@ -46,7 +46,7 @@ class BatchRun:
 
     def __init__(
         self,
-        reader: LineReader,
+        lines: UnfinishedLines,
         results: ResultFile,
         progress: Progress,
         *,
@@ -54,7 +54,7 @@ class BatchRun:
         is_ordered: bool,
     ) -> None:
         """sampling: for fields that a line does not set."""
-        self._reader = reader
+        self._lines = lines
         self._results = results
         self._progress = progress
         self._sampling = sampling
@@ -67,40 +67,50 @@ class BatchRun:
         self._synced_s = time.monotonic()
 
     def run(self, start: Start) -> int | None:
-        """Until the input is at its end and all is written, or until a signal: then its exit code.
+        """Until the input is at its end and all is written, or until a signal that leaves work
+        undone: then its exit code.
 
         Raises ConfigError when the output belongs to another input, and BatchStopped.
         """
         if self._is_ordered and not self._results.finished.is_in_order:
-            raise self._not_in_order()
+            raise self._cannot_be_ordered("was not written in order")
         with ExitStack() as stack, self._interrupts:
             try:
-                while self._interrupts.signal is None and self._is_unfinished():
+                with self._interrupts.raised(), self._reading():
+                    self._lines.check_file()
+                while self._is_unfinished():
+                    if self._interrupts.signal is not None:
+                        return self._interrupts.exit_code
                     self._step(start, stack)
             except KeyboardInterrupt:
                 if self._interrupts.signal is None:
                     raise
+                return self._interrupts.exit_code
             except EngineError as error:
-                raise BatchStopped(
-                    f"{error}; {self._results.num_complete} results are complete"
-                    f"{self._results.go_on}"
-                ) from error
+                raise self._stopped(_failure(error)) from error
             finally:
                 self._results.sync()
-            return None if self._interrupts.signal is None else self._interrupts.exit_code
+        return None
 
     def _is_unfinished(self) -> bool:
-        return not self._reader.is_at_end or bool(self._asked_by_id)
+        if self._asked_by_id:
+            return True
+        if self._interrupts.signal is not None:  # the last line may have been read a moment ago
+            with self._reading():
+                self._lines.look_for_end()
+        return not self._lines.is_at_end
 
     def _step(self, start: Start, stack: ExitStack) -> None:
         """One line or one answer, whichever can be had; a short wait if neither can."""
-        line = None
-        if self._has_room() and not self._reader.is_at_end:
-            line = self._read(0.0 if self._asked_by_id else _WAIT_S)
-        if line is not None:
-            self._admit(line, start, stack)
+        is_moving = False
+        if self._has_room() and not self._lines.is_at_end:
+            with self._reading():
+                is_moving = self._lines.read(0.0 if self._asked_by_id else _WAIT_S)
+            line = self._lines.take()
+            if line is not None:
+                self._admit(line, start, stack)
         if self._open is not None:
-            output = self._open.take(0.0 if line is not None else _WAIT_S)
+            output = self._open.take(0.0 if is_moving else _WAIT_S)
             if output is not None:
                 self._finish(output)
             self._progress.tick(self._open.num_tokens)
@@ -114,26 +124,19 @@ class BatchRun:
         num_held = self._open.num_open + self._order.num_held
         return num_held < _WINDOW_PER_SLOT * self._llm.max_num_seqs
 
-    def _read(self, wait_s: float) -> Line | None:
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
         try:
-            return self._reader.read(wait_s)
+            yield
         except OSError as error:
-            raise BatchStopped(
-                f"cannot read the input: {error.strerror}; {self._results.num_complete} results "
-                f"are complete{self._results.go_on}"
-            ) from error
+            raise self._stopped(f"cannot read the input: {error.strerror}") from error
 
-    def _admit(self, line: Line, start: Start, stack: ExitStack) -> None:
-        if line.content is not None and not line.content.strip():
-            self._progress.blank()
-            return
-        read = read_line(line)
-        claim = self._results.finished.claim(read.id, line.number)
-        if claim.is_finished:
-            self._progress.skip()
-            return
+    def _admit(self, line: UnfinishedLine, start: Start, stack: ExitStack) -> None:
+        read, claim = line.read, line.claim
         if self._is_ordered and claim.origin.index < self._results.finished.last_index:
-            raise self._not_in_order()
+            raise self._cannot_be_ordered(
+                f"has no result of line {claim.origin.line} in the middle, and has later ones"
+            )
         self._order.expect(claim.origin.index)
         if isinstance(read.asked, RequestError):
             self._refuse(claim.origin, read.asked)
@@ -177,15 +180,26 @@ class BatchRun:
         self._order.put(origin.index, refused(origin, error))
 
     def _write(self, result: Result) -> None:
-        self._results.append(result)
+        self._results.append(result, lambda: self._interrupts.signal is not None)
         self._progress.finish(result.usage, is_error=result.is_error)
 
-    def _not_in_order(self) -> ConfigError:
-        name = self._results.name
+    def _cannot_be_ordered(self, reason: str) -> ConfigError:
         return ConfigError(
-            f"{name} was not written in order, so --ordered cannot go on with it; leave --ordered "
+            f"{self._results.name} {reason}, so --ordered cannot go on with it; leave --ordered "
             "out and sort by index afterwards, or give another --output"
         )
+
+    def _stopped(self, reason: str) -> BatchStopped:
+        num_complete, go_on = self._results.num_complete, self._results.go_on
+        return BatchStopped(f"{reason}; {num_complete} results are complete{go_on}")
+
+
+def _failure(error: EngineError) -> str:
+    """Without the advice to make a new engine, which is for the library's callers."""
+    if not isinstance(error, EngineStopped):
+        return str(error)
+    cause = error.__cause__
+    return "the engine was closed" if cause is None else f"the engine has failed ({cause})"
 
 
 def _checked(asked: _Asked, sampling: Mapping[str, Any], llm: "LLM") -> "TextRequest":

@@ -11,7 +11,7 @@ from quire.serving.batch.finished import Finished
 from quire.serving.batch.line_reader import Line, LineReader, count_lines
 from quire.serving.batch.line_request import LineRequest
 from quire.serving.batch.read_line import read_line
-from quire.serving.batch.result_file import open_results
+from quire.serving.batch.result_file import ResultFile, open_results
 from quire.serving.batch.result_line import Origin, Result, Usage, refused
 
 CHAT_URL = "/v1/chat/completions"
@@ -139,6 +139,8 @@ def test_line_nested_to_the_limit_is_read() -> None:
         ({"prompt": "a", "temprature": 1}, "did you mean temperature?", "temprature"),
         ({"prompt": "a", "max_new_tokens": 1}, "here it is called max_tokens", "max_new_tokens"),
         ({"prompt": "a", "best_of": 2}, "best_of is not honoured", "best_of"),
+        ({"prompt": "a", "cls": 1}, "cls is not a sampling parameter", "cls"),
+        ({"prompt": "a", "self": 1}, "self is not a sampling parameter", "self"),
         ({"prompt": "a", "user": "u"}, "user is not a sampling parameter", "user"),
         ({"prompt": 3}, "prompt must be a string (token ids go into", "prompt"),
         ({"prompt_token_ids": "a"}, "must be a list of token ids, got str", "prompt_token_ids"),
@@ -258,8 +260,8 @@ def test_id_is_unique_and_known_by_its_line() -> None:
 def test_results_of_another_input_are_refused() -> None:
     def finished() -> Finished:
         known = Finished("out")
-        assert known.add("a", 0)
-        assert known.add("c", 2)
+        assert known.add("a", 0, is_error=False)
+        assert known.add("c", 2, is_error=False)
         return known
 
     known = finished()
@@ -270,12 +272,22 @@ def test_results_of_another_input_are_refused() -> None:
         finished().claim("x", 1)  # line 1 was another
     with pytest.raises(ConfigError, match="does not belong to this input"):
         finished().claim("c", 1)  # the id is that of line 3
-    assert not finished().add("a", 5)
-    assert not finished().add("z", 2)
+    assert not finished().add("a", 5, is_error=False)
+    assert not finished().add("z", 2, is_error=False)
 
 
 def line_of(line_id: str, line: int) -> bytes:
     return refused(Origin(line_id, line), RequestError("no")).content + b"\n"
+
+
+def opened(path: Path) -> ResultFile:
+    results = open_results(str(path))
+    try:
+        results.read_finished()
+    except ConfigError:
+        results.close()
+        raise
+    return results
 
 
 TWO = line_of("a", 1) + line_of("b", 2)
@@ -288,16 +300,44 @@ TWO = line_of("a", 1) + line_of("b", 2)
 def test_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(TWO + torn)
-    results = open_results(str(path))
+    results = opened(path)
     assert (results.num_complete, results.num_cut_bytes) == (2, len(torn))
-    results.append(Result(line_of("d", 4)[:-1], Usage(), is_error=True))
+    results.append(Result(line_of("d", 4)[:-1], Usage(), is_error=True), lambda: False)
     results.close()
     assert path.read_bytes() == TWO + line_of("d", 4)
 
 
 @pytest.mark.parametrize(
+    "torn",
+    [
+        b'{"id"',
+        b'{"id": "c',
+        b'{"id": "c\\',
+        b'{"id": -',
+        b'{"id": 12, "ind',
+        b'{"id": "c", "index": 2, "outp\0\0\n',
+        b"\0" * 9,
+        b"\n",
+    ],
+)
+def test_torn_line_of_our_form_is_cut_off_when_it_is_the_first(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(torn)
+    results = opened(path)
+    assert (results.num_complete, results.num_cut_bytes) == (0, len(torn))
+    results.close()
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b'{"id": 1, "prompt": "hello",}\n', "line 1 of .* is not a result"),
+        (b'{"id": "a", "prompt": "hel', "line 1 of .* is not a result"),
+        (b'{"id": "hello\n', "line 1 of .* is not a result"),
+        (b'{"id": 12\n', "line 1 of .* is not a result"),
+        (b"{\n", "line 1 of .* is not a result"),
+        (b'{"id": [1', "line 1 of .* is not a result"),
         (b"my notes", "line 1 of .* is not a result of this command, and it is not overwritten"),
         (b'{"id": "a", "prompt": "b"}', "line 1 of .* is not a result"),
         (TWO + b'{"id": "c"}\n', "line 3 of .* is not a result"),
@@ -312,7 +352,7 @@ def test_file_of_something_else_is_refused_and_stays(
     path = tmp_path / "out.jsonl"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        open_results(str(path))
+        opened(path)
     assert path.read_bytes() == content
 
 

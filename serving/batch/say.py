@@ -1,0 +1,16 @@
+"""Lines on stderr about a run. What becomes of them never decides about the run."""
+
+import os
+import sys
+
+
+def say(line: str) -> None:
+    """Nothing is said when stderr is closed, its disk full or its reader gone."""
+    if sys.stderr is None:
+        return
+    try:
+        print(f"quire: {line}", file=sys.stderr)
+    except OSError:
+        # The line stays in the buffer of a stderr that failed: Python would try it again at the
+        # end, and change the exit code when it fails again.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
