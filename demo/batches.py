@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 
 from .corpus import draw_conversation
+from .exchange import Conversation
 from .tokenizer import EncodedConversation, encode_conversations
 
 
@@ -24,16 +25,24 @@ def make_batch(
     tokenizer: tokenizers.Tokenizer, seed: int, step: int, num_rows: int, row_tokens: int
 ) -> Batch:
     """Conversations that do not fit a row are left out; the rest are packed longest first."""
-    rng = Random(f"batch {seed} {step}")
+    rng = step_rng(seed, step)
     room = num_rows * row_tokens
     chosen: list[EncodedConversation] = []
     while room > 0:
-        drawn = [draw_conversation(rng) for _ in range(32)]
-        for encoded in encode_conversations(tokenizer, drawn):
+        for encoded in encode_conversations(tokenizer, draw_conversations(rng)):
             if len(encoded.token_ids) <= row_tokens:
                 chosen.append(encoded)
                 room -= len(encoded.token_ids)
     return _pack(chosen, num_rows, row_tokens)
+
+
+def step_rng(seed: int, step: int) -> Random:
+    return Random(f"batch {seed} {step}")
+
+
+def draw_conversations(rng: Random) -> list[Conversation]:
+    """A step's first; a batch that they do not fill draws as many again."""
+    return [draw_conversation(rng) for _ in range(32)]
 
 
 def _pack(conversations: list[EncodedConversation], num_rows: int, row_tokens: int) -> Batch:

@@ -14,11 +14,11 @@ import numpy as np
 import tokenizers
 from quire import LLM, SamplingParams
 
-from .corpus import Conversation, draw_conversation
-from .export import load_shape, load_weights
+from .corpus import draw_conversation
+from .exchange import Conversation
+from .export import ASSETS, load_shape, load_weights
 from .model import ModelShape, Weights, forward
 from .tokenizer import encode_conversations
-from .train import ASSETS
 
 TOLERANCE = 1e-3  # f32 sums of 448 products in another order differ by about 1e-5 a layer
 
@@ -54,7 +54,7 @@ def trained_token_ids(folder: Path, conversation: Conversation) -> list[int]:
 def served_token_ids(llm: LLM, conversation: Conversation) -> list[int]:
     """Without the newline after the last turn, which the trainer does not need."""
     text = llm.get_tokenizer().apply_chat_template(
-        conversation.messages(), add_generation_prompt=False
+        conversation.messages(), tools=conversation.tools, add_generation_prompt=False
     )
     return llm.tokenize(text, add_special_tokens=False)[:-1]
 

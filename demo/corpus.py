@@ -1,14 +1,16 @@
-"""Conversations for training, and the cases that are kept out of it.
+"""Conversations for training, without the cases that are kept out of it.
 
 Knows how exchanges are mixed into conversations; what they say is the skills', and what a token is
 the tokenizer's.
 """
 
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
 from random import Random
 
-from .skills import SKILLS, Exchange, Skill
+from .cases import is_held_out
+from .exchange import Conversation, Exchange
+from .skills import SKILLS
+from .tools import Tool, draw_refused, draw_tools, draw_use
 
 _SYSTEM_MESSAGES = (
     "You are a helpful assistant.",
@@ -16,48 +18,54 @@ _SYSTEM_MESSAGES = (
     "Answer the user's questions.",
     "Be brief.",
     "You are a friendly tiny model.",
+    "Use the tools where they help.",
 )
-
-
-@dataclass(frozen=True)
-class Conversation:
-    exchanges: tuple[Exchange, ...]
-    system: str | None = None
-
-    def messages(self) -> list[dict[str, str]]:
-        listed = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for exchange in self.exchanges:
-            listed.append({"role": "user", "content": exchange.prompt})
-            listed.append({"role": "assistant", "content": exchange.answer})
-        return listed
-
-
-def is_held_out(case: str) -> bool:
-    """Whether a case is never trained: one in ten, by its hash, whatever the seed."""
-    digest = hashlib.blake2b(case.encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") % 10 == 0
+_SHARES = [skill.share for skill in SKILLS]
 
 
 def draw_conversation(rng: Random) -> Conversation:
-    """One to four exchanges of trained cases, of any skills; sometimes a system message."""
+    """One to four exchanges of trained cases; one conversation in six offers tools."""
+    system = rng.choice(_SYSTEM_MESSAGES) if rng.random() < 0.12 else None
+    if rng.random() < 0.17:
+        tools = draw_tools(rng, rng.choice((1, 1, 2, 2, 3)))
+        return Conversation(
+            tuple(_draw_offered(rng, tools) for _ in range(rng.choice((1, 1, 2, 3)))),
+            system,
+            tuple(tool.definition() for tool in tools),
+        )
     num_exchanges = rng.choice((1, 1, 1, 2, 3, 4))
-    shares = [skill.share for skill in SKILLS]
-    skills = rng.choices(SKILLS, weights=shares, k=num_exchanges)
-    system = rng.choice(_SYSTEM_MESSAGES) if rng.random() < 0.1 else None
-    return Conversation(tuple(draw_trained(skill, rng) for skill in skills), system)
+    return Conversation(tuple(_draw_plain(rng) for _ in range(num_exchanges)), system)
 
 
-def draw_trained(skill: Skill, rng: Random) -> Exchange:
+def draw_trained(rng: Random, draw: Callable[[Random], Exchange]) -> Exchange:
     while True:
-        exchange = skill.draw(rng)
+        exchange = draw(rng)
         if exchange.case is None or not is_held_out(exchange.case):
             return exchange
 
 
-def draw_held_out(skill: Skill, rng: Random, num_tries: int = 1000) -> Exchange | None:
-    """An exchange that training never shows; None for a skill that holds nothing out."""
-    for _ in range(num_tries):
-        exchange = skill.draw(rng)
+def draw_held_out(rng: Random, draw: Callable[[Random], Exchange]) -> Exchange:
+    """An exchange that training never shows. Only for what has cases."""
+    while True:
+        exchange = draw(rng)
         if exchange.case is not None and is_held_out(exchange.case):
             return exchange
-    return None
+
+
+def _draw_plain(rng: Random) -> Exchange:
+    [skill] = rng.choices(SKILLS, weights=_SHARES)
+    return draw_trained(rng, skill.draw)
+
+
+def _draw_offered(rng: Random, tools: list[Tool]) -> Exchange:
+    """Mostly a request for one of the tools; else one for a tool that is not there, or for none."""
+    kind = rng.random()
+    if kind < 0.7:
+        tool = rng.choice(tools)
+        return draw_trained(rng, lambda rng: draw_use(rng, tool))
+    if kind < 0.8:
+        return draw_trained(rng, lambda rng: draw_refused(rng, tools))
+    while True:
+        exchange = _draw_plain(rng)
+        if not exchange.answer.startswith("I have no tool"):  # it may be one of these
+            return exchange

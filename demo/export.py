@@ -9,6 +9,8 @@ from safetensors.numpy import load_file, save
 
 from .model import ModelShape, Weights
 
+ASSETS = Path(__file__).parent.parent / "engine" / "assets" / "demo"
+
 
 def save_model(
     weights: Weights, shape: ModelShape, folder: Path, *, bos_id: int, eos_id: int
@@ -42,7 +44,9 @@ def save_model(
         "vocab_size": shape.vocab_size,
     } | special
     _write_json(folder / "config.json", dict(sorted(config.items())))
-    _write_json(folder / "generation_config.json", special)
+    # Cool by default: at 1, so small a model makes slips.
+    sampling = {"do_sample": True, "temperature": 0.3}
+    _write_json(folder / "generation_config.json", special | sampling)
 
 
 def load_shape(folder: Path) -> ModelShape:

@@ -1,8 +1,7 @@
 """The forward pass of quire-demo in float32, for training: llama as Hugging Face lays it out.
 
 Weights are a dict by checkpoint tensor name, so that what is trained is what is exported. Knows
-whole rows only: no cache, no pages. Einsum letters: r rows, t queries, s keys, g kv_heads,
-n queries per kv head, d head_dim.
+whole rows only: no cache, no pages.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ Weights = dict[str, jax.Array]
 class ModelShape:
     """The sizes of a llama-architecture model with tied embeddings."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 1536
     hidden_size: int = 128
     mlp_size: int = 448
     num_layers: int = 4
@@ -125,11 +124,12 @@ def _attention(
     split = (rows, tokens, -1, shape.head_dim)
     q, k, v = ((x @ weights[f"{at}.{n}_proj.weight"].T).reshape(split) for n in "qkv")
     q, k = _rotate(q, tables) * shape.head_dim**-0.5, _rotate(k, tables)
-    q = q.reshape(rows, tokens, shape.num_kv_heads, -1, shape.head_dim)
-    scores = jnp.einsum("rtgnd,rsgd->rgnts", q, k)
-    scores = jnp.where(is_seen[:, None, None], scores, -1e30)
-    out = jnp.einsum("rgnts,rsgd->rtgnd", jax.nn.softmax(scores, axis=-1), v)
-    return out.reshape(rows, tokens, -1) @ weights[f"{at}.o_proj.weight"].T
+    # Heads first, one key a query head: plain batched products, twice as fast on CPU as einsum.
+    k, v = (jnp.repeat(t, shape.num_heads // shape.num_kv_heads, axis=2) for t in (k, v))
+    q, k, v = (t.transpose(0, 2, 1, 3) for t in (q, k, v))
+    scores = jnp.where(is_seen[:, None], q @ k.transpose(0, 1, 3, 2), -1e30)
+    out = jax.nn.softmax(scores, axis=-1) @ v  # [rows, heads, tokens, head_dim]
+    return out.transpose(0, 2, 1, 3).reshape(rows, tokens, -1) @ weights[f"{at}.o_proj.weight"].T
 
 
 def _gated_mlp(x: jax.Array, weights: Weights, at: str) -> jax.Array:

@@ -2,22 +2,39 @@
 
 Trains it, writes it in Hugging Face's files, and turns conversations into token ids with a mark on
 what the assistant says. Does not know the model.
+
+A word has the same tokens after a space as without one, so that copying it is copying tokens: BPE
+is trained on words without their spaces, and a space joins a word's first token only in merges that
+come after all others, for the most frequent words.
 """
 
 import json
+import re
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from .corpus import Conversation, draw_conversation
+from .corpus import draw_conversation
+from .exchange import Conversation
+from .rendering import TURN_END, TURN_START, pieces_of
 
-TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+TEXT_END = "<|endoftext|>"
 SPECIAL_TOKENS = (TEXT_END, TURN_START, TURN_END)
-VOCAB_SIZE = 1024
+TOOL_TOKENS = ("<tool_call>", "</tool_call>")  # added, but text: not left out of answers
+VOCAB_SIZE = 1536
+_NUM_SPACED_WORDS = 300
+_NUM_CONVERSATIONS = 20_000  # to train on
+_SPACE = "Ġ"  # as byte-level BPE writes it
+_MARKS = r"(?: ?[^\s\p{L}\p{N}]+)+ ?"
+_WORDS_ALONE, _WORDS_WITH_SPACE = (
+    rf"\p{{N}}|{_MARKS}|{word}|\s" for word in (r"\p{L}+", r" ?\p{L}+")
+)
 _TEMPLATE_FILE = Path(__file__).parent / "chat_template.jinja"
 
 
@@ -27,30 +44,52 @@ class EncodedConversation:
     is_answer: list[bool]  # what the assistant says, its turn's end included
 
 
-def train_tokenizer(seed: int, num_conversations: int = 20_000) -> tokenizers.Tokenizer:
+def train_tokenizer(seed: int) -> tokenizers.Tokenizer:
     """Digits stand alone: a sum is then learnt by place, not by heart."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    spaceless = tokenizers.Tokenizer(models.BPE())
+    spaceless.pre_tokenizer = _splitting(_WORDS_ALONE)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=VOCAB_SIZE - _NUM_SPACED_WORDS - len(TOOL_TOKENS),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    rng = Random(f"tokenizer {seed}")
-    texts = (
-        f"{message['role']}\n{message['content']}"
-        for _ in range(num_conversations)
-        for message in draw_conversation(rng).messages()
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    spaceless.train_from_iterator(texts_to_learn_from(seed), trainer)
+    model = json.loads(spaceless.to_str())["model"]
+    vocab, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
+    for word in _frequent_words(texts_to_learn_from(seed), vocab):
+        vocab[_SPACE + word] = len(vocab)
+        merges.append((_SPACE, word))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = _splitting(_WORDS_WITH_SPACE)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in TOOL_TOKENS])
     return tokenizer
+
+
+def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def texts_to_learn_from(seed: int) -> Iterator[str]:
+    rng = Random(f"tokenizer {seed}")
+    for _ in range(_NUM_CONVERSATIONS):
+        for text, _is_answer in pieces_of(draw_conversation(rng)):
+            yield text
+
+
+def _frequent_words(texts: Iterator[str], vocab: dict[str, int]) -> list[str]:
+    """Those after a space that are one token. Small letters only: names are what is copied."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word in re.findall(" ([a-z]+)", text) if word in vocab)
+    return [word for word, _ in counts.most_common(_NUM_SPACED_WORDS)]
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, max_tokens: int) -> None:
@@ -70,16 +109,10 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, max_tokens: in
     shutil.copyfile(_TEMPLATE_FILE, folder / _TEMPLATE_FILE.name)
 
 
-def turn_text(role: str, content: str) -> str:
-    """What chat_template.jinja writes for one message; compare.py checks that it is so."""
-    return f"{TURN_START}{role}\n{content.strip()}{TURN_END}\n"
-
-
 def encode_conversations(
     tokenizer: tokenizers.Tokenizer, conversations: list[Conversation]
 ) -> list[EncodedConversation]:
-    """Pieces are cut after a newline, where no token spans the cut."""
-    pieces = [_pieces(conversation) for conversation in conversations]
+    pieces = [pieces_of(conversation) for conversation in conversations]
     texts = [text for conversation in pieces for text, _ in conversation]
     encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
     encoded = []
@@ -92,18 +125,3 @@ def encode_conversations(
             is_answer += [answers] * len(ids)
         encoded.append(EncodedConversation(token_ids, is_answer))
     return encoded
-
-
-def _pieces(conversation: Conversation) -> list[tuple[str, bool]]:
-    """Alternately what is given and what the assistant says; joined, the rendered conversation."""
-    pieces: list[tuple[str, bool]] = []
-    given = ""
-    for message in conversation.messages():
-        text = turn_text(message["role"], message["content"])
-        if message["role"] != "assistant":
-            given += text
-            continue
-        head = f"{TURN_START}assistant\n"
-        pieces += [(given + head, False), (text.removeprefix(head).removesuffix("\n"), True)]
-        given = "\n"
-    return pieces

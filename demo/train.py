@@ -1,6 +1,6 @@
 """Trains quire-demo and writes it to engine/assets/demo.
 
-`python -m quire.demo.train --steps 6000` gives the same model on every run of one machine; killed
+`python -m quire.demo.train` gives the same model on every run of one machine; killed
 or out of --minutes, it goes on from its last checkpoint. Owns the loop, the optimizer and the
 checkpoint; the corpus, the model and the export are their own files.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,28 +23,13 @@ import tokenizers
 from optax.contrib import MuonDimensionNumbers, muon
 
 from .batches import Batch, make_batch
-from .export import save_model
+from .export import ASSETS, save_model
 from .model import ModelShape, Weights, forward, init_weights
-from .tokenizer import TEXT_END, TURN_END, VOCAB_SIZE, save_tokenizer, train_tokenizer
+from .settings import TrainingSettings
+from .tokenizer import TEXT_END, TURN_END, save_tokenizer, train_tokenizer
 
-ASSETS = Path(__file__).parent.parent / "engine" / "assets" / "demo"
 CHECKPOINTS = Path(__file__).parent / "build"  # ignored by git
 STEPS_PER_REPORT = 50
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Everything that decides the outcome; a checkpoint of other settings is not resumed."""
-
-    shape: ModelShape = field(default_factory=partial(ModelShape, vocab_size=VOCAB_SIZE))
-    seed: int = 0
-    num_steps: int = 6000
-    num_rows: int = 8
-    row_tokens: int = 256
-    num_warmup_steps: int = 50
-    matrix_rate: float = 6e-3
-    vector_rate: float = 3e-3
-    weight_decay: float = 0.05
 
 
 class TrainingState(NamedTuple):
@@ -55,15 +40,14 @@ class TrainingState(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6000, help="the rate falls to 0 over them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop then; run again to go on")
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
     args = parser.parse_args()
-    settings = TrainingSettings(seed=args.seed, num_steps=args.steps)
+    settings = TrainingSettings(seed=args.seed)
     tokenizer = train_tokenizer(settings.seed)
-    checkpoint = args.checkpoints / f"steps{args.steps}-seed{args.seed}.npz"
+    checkpoint = args.checkpoints / f"seed{args.seed}.npz"
     state = train(settings, tokenizer, checkpoint, max_s=args.minutes * 60)
     save_tokenizer(tokenizer, args.out, settings.shape.max_tokens)
     save_model(
@@ -108,7 +92,7 @@ def train(
 
 def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the layers' matrices, Adam for the embedding and the norms; warmed
-    up, then linearly down to 0 at the last step (Defazio et al. 2023).
+    up, then linearly down, in two slopes, to 0 at the last step (after Defazio et al. 2023).
 
     Muon's updates are scaled to Adam's size, 0.2 sqrt(max(out, in)) (Liu et al. 2025, eq. 4).
     """
@@ -163,10 +147,12 @@ def _first_state(
 
 
 def _schedule(peak: float, settings: TrainingSettings) -> optax.Schedule:
-    num_warmup = settings.num_warmup_steps
+    num_warmup, turn = settings.num_warmup_steps, settings.turn_step
     rise = optax.linear_schedule(0.0, peak, num_warmup)
-    fall = optax.linear_schedule(peak, 0.0, settings.num_steps - num_warmup)
-    return optax.join_schedules([rise, fall], [num_warmup])
+    fall = optax.linear_schedule(peak, 0.0, settings.first_end_step - num_warmup)
+    at_turn = float(fall(turn - num_warmup))
+    slow_fall = optax.linear_schedule(at_turn, 0.0, settings.num_steps - turn)
+    return optax.join_schedules([rise, fall, slow_fall], [num_warmup, turn])
 
 
 def _matrix_axes(weights: Weights) -> dict[str, MuonDimensionNumbers | None]:
