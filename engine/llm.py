@@ -3,11 +3,9 @@
 import asyncio
 import hashlib
 import queue
-import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from .collector import Collector
@@ -15,6 +13,7 @@ from .config import EngineConfig
 from .core_io import StepOutput, Submission
 from .errors import RequestError
 from .loop import EngineLoop
+from .notices import say
 from .open_requests import OpenRequests
 from .outputs import RequestOutput, StreamDelta
 from .runner import Runner
@@ -40,7 +39,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         keywords = translate(options)
-        self._engine: Engine = start_engine(EngineConfig(model=model, **keywords), _say)
+        self._engine: Engine = start_engine(EngineConfig(model=model, **keywords), say)
         self._seed = keywords.get("seed", 0)
         self._loop = EngineLoop(self._engine.core)
         # Also when it is dropped, and at exit: a thread inside XLA would abort the interpreter.
@@ -333,13 +332,6 @@ class Stream:
         if is_done:
             self._choice_by_id.pop(output.request_id, None)
         return self._collector.delta_since(before, choice)
-
-
-def _say(line: str) -> None:
-    """To stderr, if there is one; a full disk behind it is no reason to stop."""
-    if sys.stderr is not None:
-        with suppress(OSError):
-            print(line, file=sys.stderr)
 
 
 def _shut_down(loop: EngineLoop, runner: Runner) -> None:

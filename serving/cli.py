@@ -10,12 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..engine import notices
 from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, QuireError, UsageError
 from ..engine.sampling_params import SamplingParams
 from .bench.command import add_bench
 from .chat.command import add_chat
 from .flags import Parser, add_flags, given_options
+from .say import say
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -28,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = parsed.run(parsed)
         return code
     except UsageError as error:
-        print(f"quire: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     except QuireError as error:
-        print(f"quire: {error}", file=sys.stderr)
+        say(str(error))
         return 1
     except KeyboardInterrupt:
         return 130
@@ -147,10 +149,9 @@ def _generate_one(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
             print(delta.text, end="", flush=True)
         print()
         seconds = time.perf_counter() - started
-        print(
+        notices.say(
             f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s, first "
-            f"after {((first or started) - started) * 1000:.0f} ms",
-            file=sys.stderr,
+            f"after {((first or started) - started) * 1000:.0f} ms"
         )
     return 0
 

@@ -8,11 +8,11 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from ...engine.errors import ConfigError
+from ..say import say
 from .line_reader import count_lines
 from .progress import Progress
 from .result_file import ResultFile, open_results
 from .run import BatchRun, Start
-from .say import say
 from .unfinished import UnfinishedLines
 
 

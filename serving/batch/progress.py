@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Any
 
+from ..say import say
 from .result_line import Usage
-from .say import say
 
 _LINE_EVERY_S = 10.0
 

@@ -18,9 +18,9 @@ from io import FileIO
 from typing import NoReturn
 
 from ...engine.errors import ConfigError, QuireError
+from ..say import say
 from .finished import Finished
 from .result_line import HEAD, Result
-from .say import say
 
 _GO_ON = "run the same command again to go on"
 _WAY_OUT = {

@@ -1,4 +1,4 @@
-"""Lines on stderr about a run. What becomes of them never decides about the run."""
+"""Lines for people, on stderr. What becomes of them never decides about the work."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ def say(line: str) -> None:
     if sys.stderr is None:
         return
     try:
-        print(f"quire: {line}", file=sys.stderr)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
         # The line stays in the buffer of a stderr that failed: Python would try it again at the
         # end, and change the exit code when it fails again.
