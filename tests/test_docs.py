@@ -19,7 +19,7 @@ def test_files_that_a_page_names_exist(path: Path) -> None:
     text = path.read_text()
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     named = re.findall(
-        r"`((?:engine|layers|pallas_kernels|serving|bench|docs|tests)/[\w/.]+)`", text
+        r"`((?:engine|layers|pallas_kernels|serving|bench|docs|tests)/[\w/.-]+)`", text
     )
     assert links or named or path.name == "CHANGELOG.md"
     for name in (*links, *named):
