@@ -225,7 +225,11 @@ def test_a_model_without_a_template_is_refused(
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
-    code = "import sys; from quire.serving.cli import main; sys.exit(main(sys.argv[1:]))"
+    # Whoever starts the tests in the background makes their children ignore SIGINT.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from quire.serving.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     terminal, inside = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", code, "chat"], stdin=inside, stdout=inside, stderr=inside

@@ -150,7 +150,8 @@ def test_restarts_have_a_budget(fakes: Fakes, tmp_path: Path) -> None:
             "quire: the core ended (exit code 3) after 2 restarts in 300 s; giving up, its "
             "messages above say more"
         )
-        assert not is_alive(fakes.pids("gateway")[0])
+        # It may not even have told its pid when the core had ended three times.
+        assert not any(map(is_alive, fakes.pids("gateway")))
 
 
 def test_restarts_of_long_ago_do_not_count(fakes: Fakes, tmp_path: Path) -> None:
