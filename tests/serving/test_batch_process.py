@@ -143,19 +143,19 @@ def test_second_run_on_the_same_output_is_refused(
 @pytest.mark.slow
 def test_run_killed_at_random_moments_ends_complete(llm: LLM, tmp_path: Path) -> None:
     rng = random.Random(7)
-    lines: list[Any] = many(2000, ignore_eos=True, max_tokens=4)
-    for bad in rng.sample(range(2000), 20):
+    lines: list[Any] = many(10_000, ignore_eos=True, max_tokens=4)
+    for bad in rng.sample(range(10_000), 20):
         lines[bad] = "nonsense"
     source, target = write_lines(tmp_path / "in", lines), tmp_path / "out"
     for _ in range(6):
         with child("--input", source, "--output", str(target), *FLAGS) as process:
-            stop_at(process, target, num_lines(target) + rng.randint(1, 300), signal.SIGKILL)
+            stop_at(process, target, num_lines(target) + rng.randint(1, 1500), signal.SIGKILL)
         # What a power cut could leave of a line in the middle of being written.
         with target.open("ab") as torn:
             torn.write(b'{"id": "r1999", "index": 19'[: rng.randint(0, 27)])
     assert run(llm, source, target) == 1
     assert run(llm, source, tmp_path / "whole") == 1
-    assert len(results_in(target)) == 2000
+    assert len(results_in(target)) == 10_000
     assert answers(results_in(target)) == answers(results_in(tmp_path / "whole"))
 
 

@@ -145,6 +145,7 @@ def test_core_ends_with_a_killed_supervisor(tmp_path: Path) -> None:
         pid = core_pid(supervised)
         supervised.process.kill()
         wait_until(lambda: not is_alive(pid), timeout_s=2)
+        assert not is_alive(pid)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_children_do_not_outlive_a_killed_supervisor(
             subprocess.run(["kill", "-STOP", *map(str, pids)], check=True)
         supervised.process.kill()
         wait_until(lambda: not any(map(is_alive, pids)), timeout_s=2)
+        assert not any(map(is_alive, pids))
 
 
 def test_ended_child_is_restarted_and_the_others_are_told(fakes: Fakes, tmp_path: Path) -> None:
@@ -157,8 +158,9 @@ def test_restarts_have_a_budget(fakes: Fakes, tmp_path: Path) -> None:
 def test_restarts_of_long_ago_do_not_count(fakes: Fakes, tmp_path: Path) -> None:
     children = fakes.options(core={"exit_code": 3})
     limits = {"max_restarts": 1, "restart_window_s": 0.01}
-    with Supervised(tmp_path, children=children, limits=limits):
+    with Supervised(tmp_path, children=children, limits=limits) as supervised:
         wait_until(lambda: len(fakes.pids("core")) > 4)
+        assert supervised.process.poll() is None
 
 
 def test_refusal_ends_with_its_line(fakes: Fakes, tmp_path: Path) -> None:
