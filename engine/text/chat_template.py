@@ -15,6 +15,7 @@ from ..errors import RequestError
 from .template_meter import RenderLimits
 from .template_sandbox import compile_template, run_template
 
+_TOOLS = re.compile(r"\btools\b")
 _CONTINUE = "\ue000CONTINUE\ue001 "  # the trailing space tells whether the template trims
 _LOOPS_OVER_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[^%}]*\bcontent\b")
 _DEFAULT_LIMITS = RenderLimits()
@@ -26,6 +27,7 @@ class ChatTemplate:
     def __init__(self, source: str, limits: RenderLimits) -> None:
         self._limits = limits
         self._keeps_parts = _LOOPS_OVER_PARTS.search(source) is not None
+        self.reads_tools = _TOOLS.search(source) is not None
         self._template = compile_template(source)
 
     def render(

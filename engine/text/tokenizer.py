@@ -154,30 +154,19 @@ class Tokenizer:
         template.
         """
         template = self._choose_template(chat_template, with_tools=bool(tools))
-
-        def render(tools: Sequence[Mapping[str, Any]] | None) -> str:
-            return template.render(
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                variables={**self.special_tokens, **kwargs},
-            )
-
-        def ignores_tools() -> bool:
-            try:
-                return render(None) == text
-            except RequestError:
-                return False  # it cannot do without
-
-        text = render(tools)
-        if tools and ignores_tools():
+        if tools and not template.reads_tools:
             raise RequestError(
                 "tools are not honoured: this model's chat template does not write them; leave "
                 "them out, or describe them in a message",
                 field="tools",
             )
-        return text
+        return template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**self.special_tokens, **kwargs},
+        )
 
     def _choose_template(self, chosen: str | None, *, with_tools: bool) -> ChatTemplate:
         known = self._chat_templates
