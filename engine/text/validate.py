@@ -17,8 +17,8 @@ from ..sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
 MAX_BAD_WORD_TOKENS = 1024
-# A text this many times longer than the context's longest possible one is not even encoded, which
-# would take 200 bytes of memory for each of its.
+# A text this many times longer than the context's longest possible one is not even encoded: 30 MiB
+# of text took 4 GiB of memory before they were refused.
 _HOPELESS = 4
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
