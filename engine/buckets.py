@@ -7,8 +7,8 @@ from ..layers.batch import StepLayout
 from ..layers.programs import SCORE_ROWS, Variant
 from .errors import ConfigError
 
-# Without 4: on CPU a step of 8 takes hardly longer than one of 2 (16.3 and 16.1 ms, 135M bf16), and a
-# program has its price in memory and at start.
+# Without 4: on CPU a step of 8 takes hardly longer than one of 2 (16.3 and 16.1 ms, 135M bf16), and
+# a program has its price in memory and at start.
 _TOKENS = (1, 2, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
 # Sizes of `sample`: fewer than those of forward, a few idle rows of the head cost little.
 _ROWS = (8, 32, 64, 128, 256)
