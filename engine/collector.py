@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from .answer_reader import AnswerReader
 from .core_io import StepOutput
 from .errors import EngineStopped
 from .outputs import CompletionOutput, LogprobsAtPosition, RequestOutput, StreamDelta
 from .request import FinishReason
-from .text.assembler import TextAssembler
 from .text.logprobs import logprobs_at
 from .text.tokenizer import Tokenizer
 from .text.validate import TextRequest
@@ -32,10 +32,7 @@ class Collector:
     def __post_init__(self) -> None:
         params = self.request.params
         self.answers = [CompletionOutput(index=i) for i in range(params.n)]
-        self._assemblers = [
-            TextAssembler(self.tokenizer, self.request.prompt_token_ids, params)
-            for _ in range(params.n)
-        ]
+        self._readers = [AnswerReader(self.tokenizer, self.request) for _ in range(params.n)]
         if params.logprobs is not None:
             for answer in self.answers:
                 answer.logprobs, answer.cumulative_logprob = [], 0.0
@@ -48,37 +45,25 @@ class Collector:
         """Take one output. Returns whether the answer is complete, and whether the core must be
         told so.
         """
-        answer, assembler = self.answers[choice], self._assemblers[choice]
+        answer = self.answers[choice]
         self.num_cached = output.num_cached or self.num_cached
         if output.prompt_logprobs is not None and self.prompt_logprobs is None:
             self.prompt_logprobs = [
                 None, *(logprobs_at(p, self.tokenizer) for p in output.prompt_logprobs)
             ]  # fmt: skip
-        is_last = output.finish_reason is not None
-        is_stop = output.finish_reason is FinishReason.STOP
-        matched = None
-        for token_id in output.token_ids:
-            answer.token_ids.append(token_id)
-            delta = assembler.push(token_id, is_last=is_last, is_stop_token=is_stop)
-            answer.text += delta.text
-            matched = delta.matched
+        piece = self._readers[choice].read(output)
+        answer.text += piece.text
+        answer.token_ids += piece.token_ids
         if answer.logprobs is not None and answer.cumulative_logprob is not None:
-            for position in output.logprobs:
+            for position in piece.logprobs:
                 answer.logprobs.append(logprobs_at(position, self.tokenizer))
                 answer.cumulative_logprob += position.logprob
-        if matched is not None:
-            answer.finish_reason, answer.stop_reason = FinishReason.STOP.value, matched
-            return True, not is_last
-        if output.finish_reason is not None:
-            if not output.token_ids:
-                answer.text += assembler.flush().text
-            answer.finish_reason, answer.stop_reason = (
-                output.finish_reason.value,
-                output.stop_reason,
-            )
-            if output.finish_reason is FinishReason.ABORT:
-                raise EngineStopped("the engine was closed while the request was under way")
-        return is_last, False
+        if piece.finish_reason is None:
+            return False, False
+        answer.finish_reason, answer.stop_reason = piece.finish_reason.value, piece.stop_reason
+        if piece.finish_reason is FinishReason.ABORT:
+            raise EngineStopped("the engine was closed while the request was under way")
+        return True, piece.must_abort
 
     def mark(self, choice: int) -> Mark:
         answer = self.answers[choice]

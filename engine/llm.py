@@ -164,18 +164,18 @@ class LLM:
         return self.get_tokenizer().decode(token_ids, skip_special_tokens)
 
     def get_tokenizer(self) -> Tokenizer:
-        return self._engine.files.tokenizer
+        return self._engine.files.text.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What applies when no params are given: vLLM's defaults under the model's
         generation_config.json.
         """
-        return SamplingParams(**self._engine.files.default_sampling)
+        return SamplingParams(**self._engine.files.text.default_sampling)
 
     @property
     def default_sampling(self) -> dict[str, Any]:
         """What the model's generation_config.json says, in SamplingParams' names."""
-        return dict(self._engine.files.default_sampling)
+        return dict(self._engine.files.text.default_sampling)
 
     @property
     def max_model_len(self) -> int:

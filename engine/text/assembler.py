@@ -7,7 +7,6 @@ Used by LLM and the gateway; the core only ever sees token ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..sampling_params import SamplingParams
 from .detokenizer import IncrementalDetokenizer
@@ -15,16 +14,12 @@ from .stop_strings import StopStrings
 from .tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class TextDelta:
-    """New text, and the stop string that ended the request, if one did."""
-
-    text: str
-    matched: str | None = None
-
-
 class TextAssembler:
-    """Push tokens, take text. After a match nothing more is to be pushed."""
+    """Push tokens, take text. `matched` is the stop string that ended the text, if one did; after
+    that nothing more is to be pushed.
+    """
+
+    __slots__ = ("_detokenizer", "_keeps_stop", "_min_tokens", "_num_tokens", "_stops", "matched")
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
@@ -40,8 +35,9 @@ class TextAssembler:
         self._min_tokens = params.min_tokens
         self._keeps_stop = params.include_stop_str_in_output
         self._num_tokens = 0
+        self.matched: str | None = None
 
-    def push(self, token_id: int, *, is_last: bool, is_stop_token: bool) -> TextDelta:
+    def push(self, token_id: int, *, is_last: bool, is_stop_token: bool) -> str:
         """The text that one more token makes final.
 
         A stop token (end of sequence or stop_token_ids) has no text unless stops are to be
@@ -49,24 +45,24 @@ class TextAssembler:
         """
         self._num_tokens += 1
         if self._detokenizer is None:
-            return TextDelta("")
+            return ""
         text = ""
         if not is_stop_token or self._keeps_stop:
-            text = self._detokenizer.append([token_id])
+            text = self._detokenizer.step(token_id)
         if is_last:
             text += self._detokenizer.finish()
-        return self._through_stops(text, is_last)
+        return text if self._stops is None else self._through_stops(self._stops, text, is_last)
 
-    def flush(self) -> TextDelta:
+    def flush(self) -> str:
         """What was held back, for a request that ends without a token (abort, error)."""
         if self._detokenizer is None:
-            return TextDelta("")
-        return self._through_stops(self._detokenizer.finish(), True)
+            return ""
+        text = self._detokenizer.finish()
+        return text if self._stops is None else self._through_stops(self._stops, text, True)
 
-    def _through_stops(self, text: str, is_last: bool) -> TextDelta:
-        if self._stops is None:
-            return TextDelta(text)
-        result = self._stops.push(text, may_match=self._num_tokens > self._min_tokens)
-        if result.matched is not None:
-            return TextDelta(result.text, result.matched)
-        return TextDelta(result.text + (self._stops.flush() if is_last else ""))
+    def _through_stops(self, stops: StopStrings, text: str, is_last: bool) -> str:
+        result = stops.push(text, may_match=self._num_tokens > self._min_tokens)
+        self.matched = result.matched
+        if result.matched is not None or not is_last:
+            return result.text
+        return result.text + stops.flush()

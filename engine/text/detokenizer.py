@@ -46,13 +46,10 @@ class IncrementalDetokenizer:
 
     def append(self, token_ids: Sequence[int]) -> str:
         """The new text that is final; "" while a character is unfinished."""
-        return "".join([self._step(token_id) for token_id in token_ids])
+        return "".join([self.step(token_id) for token_id in token_ids])
 
-    def finish(self) -> str:
-        """What was held back: the replacement characters of an unfinished character, or nothing."""
-        return self._release(self._held_text())
-
-    def _step(self, token_id: int) -> str:
+    def step(self, token_id: int) -> str:
+        """append() of one token."""
         self._held_ids.append(token_id)
         try:
             text = self._stream.step(self._tokenizer.backend, token_id)
@@ -66,6 +63,10 @@ class IncrementalDetokenizer:
         if len(self._held_ids) >= _MAX_HELD_IDS:
             return self._release(self._held_text())
         return ""
+
+    def finish(self) -> str:
+        """What was held back: the replacement characters of an unfinished character, or nothing."""
+        return self._release(self._held_text())
 
     def _release(self, text: str, *, restart: bool = True) -> str:
         if self._prompt_text:

@@ -38,7 +38,7 @@ def test_generation_config_gives_defaults_and_is_shown(folder: Path) -> None:
         max_new_tokens=99,
     )
     files = read(folder)
-    assert files.default_sampling == {
+    assert files.text.default_sampling == {
         "temperature": 0.6,
         "top_p": 0.9,
         "top_k": 20,
@@ -46,9 +46,9 @@ def test_generation_config_gives_defaults_and_is_shown(folder: Path) -> None:
         "max_tokens": 99,
     }
     assert "sampling defaults of its own: temperature=0.6, top_p=0.9" in files.line()
-    assert read(folder, generation_config="none").default_sampling == {}
+    assert read(folder, generation_config="none").text.default_sampling == {}
     change(folder / "generation_config.json", do_sample=False)
-    assert read(folder).default_sampling["temperature"] == 0
+    assert read(folder).text.default_sampling["temperature"] == 0
 
 
 def test_end_of_sequence_ids_are_those_of_all_files(folder: Path) -> None:
@@ -83,7 +83,7 @@ def test_chat_template_is_a_file_or_a_template(folder: Path) -> None:
     path.write_text("<{{ messages[0].content }}>")
     message = [{"role": "user", "content": "hi"}]
     for given in (str(path), path.read_text()):
-        tokenizer = read(folder, chat_template=given).tokenizer
+        tokenizer = read(folder, chat_template=given).text.tokenizer
         assert tokenizer.apply_chat_template(message) == "<hi>"
     with pytest.raises(ConfigError, match="chat_template 'lost' is neither a file nor a Jinja"):
         read(folder, chat_template="lost")
@@ -94,7 +94,7 @@ def test_tokenizer_may_be_another_folders(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer.json"):
         read(folder)
     other = str(REFERENCE / "llama2_mha")
-    assert read(folder, tokenizer=other).tokenizer.encode("Hello")[0] == 0
+    assert read(folder, tokenizer=other).text.tokenizer.encode("Hello")[0] == 0
 
 
 def test_dummy_weights_need_no_weight_files(folder: Path) -> None:
@@ -111,7 +111,7 @@ def test_sampling_defaults_that_cannot_be_are_said_at_start(
     change(folder / "generation_config.json", **defaults)
     with pytest.raises(ModelError, match=r"generation_config.json: .*generation_config='none'"):
         read(folder)
-    assert read(folder, generation_config="none").default_sampling == {}
+    assert read(folder, generation_config="none").text.default_sampling == {}
 
 
 def test_end_of_sequence_of_a_wrong_kind_is_said(folder: Path) -> None:
