@@ -14,6 +14,7 @@ from .errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 
 
 def _option(default: Any, help: str, *, metavar: str | None = None) -> Any:
@@ -69,6 +70,11 @@ class EngineConfig:
     )
     max_num_batched_tokens: int | None = _option(
         None, "tokens of one step; 1024 on CPU, 8192 on GPU", metavar="TOKENS"
+    )
+    scheduling_policy: SchedulingPolicy = _option(
+        "fcfs",
+        "who runs first: fcfs, who came first; priority, the lowest priority, then who came first; "
+        "fair, equal shares of the tokens asked for to the callers that wait",
     )
     token_buckets: tuple[int, ...] | None = _option(
         None, "padded step sizes to compile, comma separated, in tokens", metavar="TOKENS,…"

@@ -83,6 +83,7 @@ class EngineCore:
         # Kept across a failure in the middle of a step: these tokens were read and stand.
         self._outputs: list[StepOutput] = []
         self._gives_all_logprobs = runner.num_logprobs >= self._vocab
+        self._lap_began_ns = 0  # by time.perf_counter_ns(), in a step
 
     @property
     def has_work(self) -> bool:
@@ -96,7 +97,8 @@ class EngineCore:
         self._num_arrived += 1
         request = Request(
             s.request_id, s.prompt_token_ids, s.params, self._num_arrived,
-            priority=s.priority, cache_salt=s.cache_salt, choice=s.choice, seed=s.seed,
+            priority=s.priority, cache_salt=s.cache_salt, tenant=s.tenant, choice=s.choice,
+            seed=s.seed,
         )  # fmt: skip
         for token_id in s.output_token_ids:
             request.append_token(token_id)
@@ -128,10 +130,13 @@ class EngineCore:
 
     def step(self) -> list[StepOutput]:
         """Dispatch the next step, if any, and read the oldest one when enough are in flight."""
+        self._lap_ns()  # between steps; nobody's
         try:
             plan = self._last_plan = self.scheduler.schedule(time.monotonic())
+            self.metrics.schedule_ns += self._lap_ns()
             if plan.chunks:
                 self._dispatch(plan)
+                self.metrics.build_ns += self._lap_ns()
             while self._pending and (len(self._pending) > self._depth or not plan.chunks):
                 self._read(self._pending.popleft())
         except Exception as error:
@@ -143,6 +148,11 @@ class EngineCore:
         """What was read and not yet returned; step() does this, unless it raised."""
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _lap_ns(self) -> int:
+        """Since the last call. Each moment of a step is in one lap, wherever it reads."""
+        began_ns, self._lap_began_ns = self._lap_began_ns, time.perf_counter_ns()
+        return self._lap_began_ns - began_ns
 
     # Dispatch
 
@@ -159,6 +169,7 @@ class EngineCore:
         if sampling:
             if any(t.needs.step_mask for t in sampling):
                 # The mask follows from the last token, which a step in flight may still hold.
+                self.metrics.build_ns += self._lap_ns()
                 while self._pending:
                     self._read(self._pending.popleft())
             mask = self._step_mask(plan, hidden)
@@ -232,14 +243,15 @@ class EngineCore:
     # Reading
 
     def _read(self, flight: _InFlight) -> None:
-        for scores in flight.scores:
-            self._keep_scores(scores)
-        if flight.sampled is None:
-            return
-        tokens, flags = np.asarray(flight.sampled.token_and_flag).tolist()
-        logprobs = flight.logprobs
-        if logprobs is not None:
-            logprobs = TokenLogprobs(*(np.asarray(a) for a in logprobs))
+        # All waiting first, so that its time can be told from that of the host's own work.
+        prompt_logprobs = [_on_host(scores.result) for scores in flight.scores]
+        tokens, flags = [], []
+        if flight.sampled is not None:
+            tokens, flags = np.asarray(flight.sampled.token_and_flag).tolist()
+        logprobs = None if flight.logprobs is None else _on_host(flight.logprobs)
+        self.metrics.device_ns += self._lap_ns()
+        for scores, result in zip(flight.scores, prompt_logprobs, strict=True):
+            self._keep_scores(scores, result)
         for row, chunk in enumerate(flight.chunks):
             request = chunk.request
             if not chunk.samples or request.finish_reason is not None:
@@ -249,6 +261,7 @@ class EngineCore:
                 self._end(tracked, FinishReason.ERROR, "the logits were not finite")
             else:
                 self._on_token(tracked, tokens[row], logprobs, row)
+        self.metrics.emit_ns += self._lap_ns()
 
     def _on_token(
         self, tracked: _Tracked, token_id: int, logprobs: TokenLogprobs | None, row: int
@@ -303,13 +316,13 @@ class EngineCore:
         chosen, rank = float(result.chosen[row]), int(result.rank[row])
         return PositionLogprobs(token_id, chosen, rank, top_ids, top)
 
-    def _keep_scores(self, scores: _Scores) -> None:
+    def _keep_scores(self, scores: _Scores, result: TokenLogprobs) -> None:
+        """result: that of the scores, on the host."""
         if scores.request.finish_reason is not None:
             return
         tracked = self._tracked[scores.request.request_id]
         wanted = scores.request.params.prompt_logprobs
         assert wanted is not None
-        result = TokenLogprobs(*(np.asarray(a) for a in scores.result))
         known = len(tracked.prompt_logprobs)
         targets = scores.request.token_ids(scores.first + 1, scores.count)
         for row in range(max(0, known - scores.first), scores.count):
@@ -344,6 +357,10 @@ class EngineCore:
                 why = f"its steps failed {request.num_failures} times: {error}"
                 self._end(tracked, FinishReason.ERROR, why)
         self.runner.allocate()
+
+
+def _on_host(result: TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(*(np.asarray(a) for a in result))
 
 
 def _variant(sampling: list[_Tracked]) -> Variant:

@@ -15,7 +15,8 @@ from .sampling_params import SamplingParams
 class Submission:
     """A request at token level. params.max_tokens is resolved; seed is drawn by the caller if none
     was given. output_token_ids: what an earlier engine made of the request, which goes on after
-    them as if nothing had happened. submitted_ns: by time.monotonic_ns(), where its wait begins.
+    them as if nothing had happened. tenant: whose share of a fair engine it takes. submitted_ns: by
+    time.monotonic_ns(), where its wait begins.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Submission:
     priority: int = 0
     cache_salt: bytes = b""
     output_token_ids: tuple[int, ...] = ()
+    tenant: bytes = b""
     submitted_ns: int = field(default_factory=time.monotonic_ns, compare=False)
 
 

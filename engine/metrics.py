@@ -9,9 +9,18 @@ from dataclasses import dataclass
 
 @dataclass
 class CoreMetrics:
-    """Monotonic counts since start."""
+    """Monotonic counts since start.
+
+    The four times are disjoint parts of the steps' wall time: what is not in their sum passed
+    between steps or in the recovery from a failed one. Device programs run while the host goes on:
+    device_ns is how long it waited for them, not how long they took.
+    """
 
     num_steps: int = 0
     num_failed_steps: int = 0
     num_tokens: int = 0  # computed, prompts included
     num_output_tokens: int = 0
+    schedule_ns: int = 0  # who runs, in which pages
+    build_ns: int = 0  # rows and batches, and their dispatch
+    device_ns: int = 0  # waiting for what the device computed
+    emit_ns: int = 0  # making outputs of it

@@ -62,7 +62,9 @@ class Request:
         "root_parts",
         "seed",
         "slot",
+        "start_tag",
         "stop_reason",
+        "tenant",
     )
 
     def __init__(
@@ -74,6 +76,7 @@ class Request:
         *,
         priority: int = 0,
         cache_salt: bytes = b"",
+        tenant: bytes = b"",
         choice: int = 0,
         seed: int = 0,
     ) -> None:
@@ -83,6 +86,7 @@ class Request:
         self.arrival = arrival
         self.priority = priority
         self.cache_salt = cache_salt
+        self.tenant = tenant
         self.choice = choice
         self.seed = seed
         assert params.max_tokens is not None, "max_tokens is resolved before a Request is made"
@@ -100,6 +104,7 @@ class Request:
         self.num_preemptions = 0  # times it lost its pages and had to be recomputed
         self.num_failures = 0
 
+        self.start_tag = 0  # its place among all tenants' requests; fixed when it is queued
         self.slot: int | None = None
         # Per KV group, the page of each logical page; 0 where it fell out of the group's window.
         self.pages: list[list[int]] = []

@@ -13,24 +13,9 @@ from itertools import chain, islice
 
 from .errors import ConfigError, RequestError
 from .page_pool import PagePool, pages_held
+from .policies import Policy, StartTags, fcfs
 from .prefix_cache import PrefixCache, PrefixHit, first_visible_page
 from .request import FinishReason, Request
-
-# The smallest runs first and is preempted last. Must not change while a request is queued.
-Policy = Callable[[Request], tuple[int, ...]]
-
-
-def fcfs(request: Request) -> tuple[int, ...]:
-    """First come, first served."""
-    return (request.arrival, request.choice)
-
-
-def by_priority(request: Request) -> tuple[int, ...]:
-    """Lower `priority` first, then first come. A running request makes room only for pages."""
-    return (request.priority, request.arrival, request.choice)
-
-
-POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": by_priority}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +89,7 @@ class Scheduler:
             else None
         )
         self.num_preemptions = 0
+        self._start_tags = StartTags()
         self._running: list[Request] = []  # both queues are in policy order
         self._waiting: list[Request] = []
         self._free_slots = list(range(config.num_slots - 1, -1, -1))
@@ -150,15 +136,18 @@ class Scheduler:
                 f"{self.pool.num_usable}; shorten the prompt, lower max_tokens or give the KV "
                 "cache more memory"
             )
+        self._start_tags.on_added(request, max_known)
         insort(self._waiting, request, key=self.config.policy)
 
     def schedule(self, now: float) -> StepPlan:
-        """Plan the next step and count it as done. now: seconds; the static policies ignore it."""
+        """Plan the next step and count it as done. now: seconds; no policy reads it yet."""
         budget = self._budget()
         draft = _Draft(budget=budget)
         self._plan_running(draft)
         if not draft.preempted:
             self._plan_waiting(draft)
+        if not self._waiting:
+            self._start_tags.on_nobody_waits()
         chunks = (*draft.singles, *draft.longer)
         if self.prefix_cache is not None:
             # Only now: within one step a page is not written before another request reads it.
@@ -187,6 +176,7 @@ class Scheduler:
         if request.finish_reason is not None:
             raise RuntimeError(f"{request!r} has already finished: {request.finish_reason}")
         self._remove(self._waiting if request.slot is None else self._running, request)
+        self._start_tags.on_ended(request, self._max_known(request))
         if reason is FinishReason.ERROR and self.prefix_cache is not None:
             # Its KV may hold the NaN that ended it, which would end whoever shares the prefix.
             self.prefix_cache.forget(request)
@@ -267,14 +257,24 @@ class Scheduler:
         return budget if is_much and budget < wanted else most
 
     def _plan_running(self, draft: _Draft) -> None:
-        index = 0
+        """In order, but a prompt leaves those behind it that need one token each theirs."""
+        index, least = 0, 1  # the first prompt always gets on, or it could wait for ever
+        num_singles_behind: int | None = None  # counted once a prompt is met
         # Preemption shortens the queue from behind, never at or before a request already planned.
         while draft.budget and index < len(self._running):
             request = self._running[index]
-            count = min(self._num_ready(request), draft.budget)
+            count = self._num_ready(request)
+            index += 1
+            if count > 1:
+                if num_singles_behind is None:
+                    behind = islice(self._running, index, None)
+                    num_singles_behind = sum(self._num_ready(other) == 1 for other in behind)
+                count = min(count, max(draft.budget - num_singles_behind, least))
+                least = 0
+            elif num_singles_behind is not None:
+                num_singles_behind -= count
             if count and self._make_room(request, count, draft):
                 self._plan_chunk(request, count, draft)
-            index += 1
 
     def _plan_waiting(self, draft: _Draft) -> None:
         while draft.budget and self._waiting and self._free_slots:
@@ -334,6 +334,7 @@ class Scheduler:
         request.pages = hit.pages
         request.num_computed = hit.num_tokens
         request.num_registered = hit.num_tokens // self.config.page_size
+        self._start_tags.on_admitted(request)
         insort(self._running, request, key=self.config.policy)
 
     def _make_room(self, request: Request, count: int, draft: _Draft) -> bool:

@@ -33,6 +33,7 @@ from .core import EngineCore
 from .errors import ConfigError, ModelError
 from .kv_plan import KVPlan, Sizes, gpu_kv_budget, plan_kv, table_width, wanted_context
 from .model_files import ModelFiles, open_model
+from .policies import POLICIES
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerConfig
 
@@ -164,6 +165,7 @@ class Builder:
                 windows=self.layout.windows,
                 enable_prefix_caching=self.config.enable_prefix_caching,
                 secret=secret,
+                policy=POLICIES[self.config.scheduling_policy],
                 fill=self.buckets(kv_plan).fill,
             )
         )

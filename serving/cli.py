@@ -16,6 +16,7 @@ from ..engine.errors import ConfigError, QuireError, UsageError
 from ..engine.sampling_params import SamplingParams
 from .bench.command import add_bench
 from .chat.command import add_chat
+from .engine_command import add_engine
 from .flags import Parser, add_flags, given_options
 from .say import say
 
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     add_chat(verbs)
+    add_engine(verbs)
     add_bench(verbs)
 
     env = verbs.add_parser("env", help="versions, devices, chosen implementations, folders")

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..engine.errors import ConfigError
@@ -42,69 +42,104 @@ class Parser(argparse.ArgumentParser):
 def add_flags(
     parser: argparse._ActionsContainer, config: type, *, skip: tuple[str, ...] = ()
 ) -> None:
-    """One flag per field of the dataclass, in its order. Values are left out unless given."""
+    """One flag per field of the dataclass, in its order. Values are left out unless given.
+
+    A field's metadata: help; metavar; unset, the word for a default of None; is_secret, for values
+    that are neither shown nor split; fallback, a second variable.
+    """
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
         if field.name in skip:
             continue
-        help_line = f"{field.metadata['help']} (default: {_shown(field.default)})"
+        hint = hints[field.name]
+        help_line = f"{field.metadata['help']} (default: {_shown(field)})".replace("%", "%%")
         flag = f"--{field.name.replace('_', '-')}"
-        if hints[field.name] is bool:
+        if hint is bool:
             parser.add_argument(
                 flag,
                 action=argparse.BooleanOptionalAction,
                 default=argparse.SUPPRESS,
-                help=help_line.replace("%", "%%"),
+                help=help_line,
             )
             continue
-        kinds = get_args(hints[field.name]) or (hints[field.name],)
-        choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else None
+        choices = get_args(hint) if get_origin(hint) is Literal else None
         parser.add_argument(
             flag,
             dest=field.name,
-            type=str if choices else _Reader(field.name, kinds, hints[field.name]),
+            action=_Collect if _is_list(hint) else "store",
+            type=str if choices else _reader(field, hint),
             choices=choices,
             metavar=None if choices else field.metadata.get("metavar") or field.name.upper(),
             default=argparse.SUPPRESS,
-            help=help_line.replace("%", "%%"),
+            help=help_line,
         )
 
 
 def given_options(
     arguments: argparse.Namespace, config: type, environment: Mapping[str, str] = os.environ
 ) -> dict[str, Any]:
-    """Field -> value for every option that a flag or a QUIRE_* variable gives; flags win.
-
-    Raises ConfigError naming the variable.
+    """Field -> value for every option that a flag, its QUIRE_* variable or its fallback variable
+    gives; the first of these wins. Raises ConfigError naming the variable.
     """
     hints = get_type_hints(config)
     options = {}
     for field in dataclasses.fields(config):
-        variable = f"QUIRE_{field.name.upper()}"
         if hasattr(arguments, field.name):
             options[field.name] = getattr(arguments, field.name)
-        elif variable in environment:
-            text, hint = environment[variable], hints[field.name]
-            kinds = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+            continue
+        variables = [f"QUIRE_{field.name.upper()}"]
+        if fallback := field.metadata.get("fallback"):
+            variables.append(fallback)
+        variable = next((name for name in variables if name in environment), None)
+        if variable is not None:
             try:
-                options[field.name] = _Reader(field.name, kinds, hint)(text)
+                options[field.name] = _reader(field, hints[field.name])(environment[variable])
             except argparse.ArgumentTypeError as error:
                 raise ConfigError(f"the variable {variable}: {error}") from error
     return options
 
 
+class _Collect(argparse.Action):
+    """A list: what the flag gives each time it is there, one after the other."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+
+
+def _reader(field: dataclasses.Field[Any], hint: Any) -> Callable[[str], Any]:
+    """What makes a value of the field out of text."""
+    if field.metadata.get("is_secret"):
+        return _one_secret
+    return _Reader(_kinds(hint))
+
+
+def _one_secret(text: str) -> tuple[str, ...]:
+    """Not split: a key may hold commas."""
+    return (text,)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of a field that may have one of several."""
+    return (hint,) if get_origin(hint) in (Literal, tuple) else get_args(hint) or (hint,)
+
+
+def _is_list(hint: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind in _kinds(hint))
+
+
 class _Reader:
     """Reads a flag's text as the first of its field's types that takes it."""
 
-    def __init__(self, name: str, kinds: tuple[Any, ...], hint: Any) -> None:
-        self._name = name
-        self._kinds = (hint,) if get_origin(hint) is tuple else kinds
+    def __init__(self, kinds: tuple[Any, ...]) -> None:
+        self._kinds = kinds
 
     def __call__(self, text: str) -> Any:
         for kind in self._kinds:
             if get_origin(kind) is tuple:
                 parts = [part.strip() for part in text.split(",") if part.strip()]
-                read = _Reader(self._name, (get_args(kind)[0],), get_args(kind)[0])
+                read = _Reader((get_args(kind)[0],))
                 return tuple(read(part) for part in parts)
             if get_origin(kind) is Literal and text in get_args(kind):
                 return text
@@ -129,9 +164,9 @@ def _kind_words(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
 
 
-def _shown(default: Any) -> str:
-    if default is None:
-        return "chosen"
-    if default == ():
+def _shown(field: dataclasses.Field[Any]) -> str:
+    if field.default is None:
+        return str(field.metadata.get("unset", "chosen"))
+    if field.default == ():
         return "none"
-    return str(default).lower() if isinstance(default, bool) else str(default)
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)

@@ -1,15 +1,29 @@
-"""docs/options.md from EngineConfig: python -m quire.serving.options_page > docs/options.md"""
+"""docs/options.md from the configs: python -m quire.serving.options_page > docs/options.md"""
 
 import dataclasses
 
 from ..engine.config import EngineConfig
+from .config import ServeConfig
 
 _HEAD = """# Options
 
-Keywords of `LLM(...)`, flags of `quire generate` (`--max-model-len`) and environment variables
-(`QUIRE_MAX_MODEL_LEN`) are the same options. Flags win over variables. This page is generated from
-`engine/config.py`.
+An option is a flag (`--max-model-len`) and an environment variable (`QUIRE_MAX_MODEL_LEN`). Flags
+win over variables. This page is generated from `engine/config.py` and `serving/config.py`.
+"""
 
+_ENGINE = """
+## Engine
+
+Of `quire generate`, `quire chat` and `quire engine`, and keywords of `LLM(...)`.
+"""
+
+_SERVER = """
+## Server
+
+Of `quire engine`.
+"""
+
+_TABLE = """
 | option | default | meaning |
 |---|---|---|
 """
@@ -17,11 +31,15 @@ Keywords of `LLM(...)`, flags of `quire generate` (`--max-model-len`) and enviro
 
 def page() -> str:
     """The whole page."""
+    return _HEAD + _ENGINE + _table(EngineConfig) + _SERVER + _table(ServeConfig)
+
+
+def _table(config: type) -> str:
     rows = [
-        f"| `{field.name}` | {_shown(field.default)} | {field.metadata['help']} |"
-        for field in dataclasses.fields(EngineConfig)
+        f"| `{field.name}` | {_shown(field.default)} | {field.metadata['help']} |\n"
+        for field in dataclasses.fields(config)
     ]
-    return _HEAD + "\n".join(rows) + "\n"
+    return _TABLE + "".join(rows)
 
 
 def _shown(default: object) -> str:

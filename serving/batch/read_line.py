@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...engine.errors import RequestError
-from .json_object import read_object
+from ..strict_json import read_object
 from .line_reader import MAX_LINE_BYTES, Line
 from .line_request import LineId, LineRequest, line_id, read_native
 from .openai_line import is_openai, read_openai
@@ -28,7 +28,7 @@ def read_line(line: Line) -> ReadLine:
             raise RequestError(
                 f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; shorten its prompt"
             )
-        fields = read_object(line.content)
+        fields = read_object(line.content, "the line")
         read = read_native
         if is_openai(fields):
             id_field, read = "custom_id", read_openai

@@ -36,6 +36,7 @@ def submission_to_proto(submission: Submission) -> core_pb2.Submit:
             priority=submission.priority,
             cache_salt=submission.cache_salt,
             output_token_ids=submission.output_token_ids,
+            tenant=submission.tenant,
         )
     except ValueError as error:
         raise RequestError(
@@ -56,6 +57,7 @@ def submission_from_proto(message: core_pb2.Submit) -> Submission:
         message.priority,
         message.cache_salt,
         tuple(message.output_token_ids),
+        message.tenant,
     )
 
 

@@ -1,6 +1,7 @@
 """What `quire engine` does once its options are read: the children, their folder, their secret."""
 
 import asyncio
+import os
 import secrets
 import sys
 from collections.abc import Mapping
@@ -34,8 +35,21 @@ def run_engine(
     engine: options of EngineConfig. Raises ConfigError before anything is started.
     """
     EngineConfig(**engine)
+    open_standard_streams()
     with private_folder() as folder:
         return asyncio.run(_run(dict(engine), gateway, limits or Limits(), folder))
+
+
+def open_standard_streams() -> None:
+    """Point those of stdin, stdout and stderr that are closed to the null device. Else the next
+    socket takes the number of one, and children that write to their stderr write into it.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(opened, True)
 
 
 async def _run(
@@ -57,10 +71,12 @@ async def _run(
         shared = {"core_socket": str(socket), "secret": secret}
         options = {**gateway.options, **shared}
         children.append(Child("gateway", gateway.command, options, drains=True))
+    display = Display()
     try:
-        return await Supervisor(children, limits, Display()).run()
+        return await Supervisor(children, limits, display).run()
     finally:
         await client.close()
+        display.close()
 
 
 async def why_core_is_stuck(client: CoreClient, step_timeout_s: float) -> str | None:

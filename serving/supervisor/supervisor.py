@@ -65,6 +65,9 @@ class _Kept:
         self.is_stopping = False
         self.refusal: str | None = None
         self.is_ready = asyncio.Event()
+        self.was_ready = False  # in this run or an earlier one
+        self.ended_s = 0.0  # when the last run did
+        self.address: str | None = None
 
 
 class Supervisor:
@@ -76,6 +79,8 @@ class Supervisor:
         self._display = display
         self._stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._killed_by: signal.Signals | None = None
+        self._started_s = time.monotonic()
+        self._was_ready = False  # all of them, at once
 
     async def run(self) -> int:
         """Until a signal, a refusal or too many restarts. The exit code: 0 stopped by a signal, 1
@@ -153,12 +158,14 @@ class Supervisor:
                 return _End(1, f"the {name} could not be started: {error}")
             code, why = await self._run_once(kept, kept.process)
             kept.process = None
+            kept.ended_s = time.monotonic()
+            self._display.drop_progress()
             self._announce(kept, "ended")
             if kept.is_stopping:
                 return None
             if code == REFUSED:
                 return _End(REFUSED, kept.refusal or f"the {name} refused to start")
-            limits, now = self._limits, time.monotonic()
+            limits, now = self._limits, kept.ended_s
             while kept.restarted_at and now - kept.restarted_at[0] > limits.restart_window_s:
                 kept.restarted_at.popleft()
             if len(kept.restarted_at) >= limits.max_restarts:
@@ -212,8 +219,25 @@ class Supervisor:
             case {"event": "refused", "why": str(why)}:
                 kept.refusal = why
             case {"event": "ready"}:
-                self._announce(kept, "ready")
-                kept.is_ready.set()
+                address = message.get("address")
+                kept.address = address if isinstance(address, str) else None
+                self._on_ready(kept)
+
+    def _on_ready(self, kept: _Kept) -> None:
+        self._announce(kept, "ready")
+        kept.is_ready.set()
+        now = time.monotonic()
+        if kept.was_ready:
+            self._display.line(
+                f"quire: the {kept.child.name} is ready again after {now - kept.ended_s:.1f} s"
+                f"{_serving([kept])}"
+            )
+        kept.was_ready = True
+        if not self._was_ready and all(k.state == "ready" for k in self._kept):
+            self._was_ready = True
+            self._display.headline(
+                f"quire: ready in {now - self._started_s:.1f} s{_serving(self._kept)}"
+            )
 
     async def _watch(self, kept: _Kept) -> str:
         """Why the child is stuck, once it is. A start has no limit: a download may take long."""
@@ -243,6 +267,12 @@ class Supervisor:
         for other in self._kept:
             if other is not kept and other.process is not None:
                 other.process.tell("child", **_shown(kept))
+
+
+def _serving(some: Iterable[_Kept]) -> str:
+    """Where clients find them, if they do."""
+    addresses = [kept.address for kept in some if kept.address is not None]
+    return f", serving on {', '.join(addresses)} (gRPC)" if addresses else ""
 
 
 def _shown(kept: _Kept) -> dict[str, str | int]:

@@ -45,6 +45,7 @@ def test_a_value_is_held_in_the_type_of_its_field(option: str, given: Any, held:
         ("model", 3, "model must be text, got 3"),
         ("dtype", "fp8", "dtype must be 'auto' or 'bfloat16' or 'float16' or 'float32', got 'fp8'"),
         ("dtype", None, "dtype must be 'auto' or"),
+        ("scheduling_policy", "lifo", "must be 'fcfs' or 'priority' or 'fair', got 'lifo'"),
         ("load_format", "pt", "load_format must be 'auto' or 'safetensors' or 'dummy', got 'pt'"),
         ("max_model_len", "long", "max_model_len must be a whole number or 'auto', got 'long'"),
         ("max_model_len", 1, "max_model_len must be at least 2, got 1"),

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from quire.engine.errors import ConfigError, RequestError
+from quire.engine.policies import Policy, by_priority, fcfs
 from quire.engine.request import FinishReason, Request, RequestStatus
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.scheduler import Policy, Scheduler, SchedulerConfig, StepPlan, by_priority, fcfs
+from quire.engine.scheduler import Scheduler, SchedulerConfig, StepPlan
 
 TOKEN = 7
 

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from quire.engine.policies import by_priority, fair, fcfs
 from quire.engine.request import FinishReason, Request
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan, by_priority, fcfs
+from quire.engine.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
 
 MAX_MODEL_LEN = 24
 STOP_TOKEN = 0
@@ -145,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_chunk=st.none() | st.integers(2, 8),
         windows=windows.map(tuple),
         enable_prefix_caching=st.sampled_from([True, True, False]),
-        policy=st.sampled_from([fcfs, by_priority]),
+        policy=st.sampled_from([fcfs, by_priority, fair]),
         fill=st.sampled_from([lambda wanted: wanted, lambda wanted: wanted * 3 // 4]),
         depth=st.integers(0, 2),
     )
@@ -171,6 +172,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix=st.sampled_from(SHARED_PREFIXES),
         suffix=st.lists(st.integers(1, 2), min_size=1, max_size=3),
         salt=st.sampled_from([b"", b"", b"", b"other"]),
+        tenant=st.sampled_from([b"", b"one", b"two"]),
         max_tokens=st.integers(1, 16),
         priority=st.integers(0, 1),
         seed=st.integers(0, 1),
@@ -183,7 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt: bytes,
         max_tokens: int,
         prompt_logprobs: int | None,
-        **fields: int,
+        **fields: Any,
     ) -> None:
         arrival = len(self.requests)
         request = Request(

@@ -23,6 +23,10 @@ class Options:
     is_on: bool = dataclasses.field(default=True, metadata={"help": "switch"})
     sizes: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"help": "sizes"})
     keys: tuple[str, ...] = dataclasses.field(default=(), metadata={"help": "keys"})
+    secret: tuple[str, ...] = dataclasses.field(
+        default=(), metadata={"help": "secrets", "is_secret": True, "fallback": "OTHER_SECRET"}
+    )
+    port: int | None = dataclasses.field(default=None, metadata={"help": "port", "unset": "none"})
 
 
 def parse(*arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
@@ -46,6 +50,11 @@ def parse(*arguments: str, environment: dict[str, str] | None = None) -> dict[st
         (("--no-is-on",), {"is_on": False}),
         (("--sizes", "2, 4,8"), {"sizes": (2, 4, 8)}),
         (("--keys", "a,b"), {"keys": ("a", "b")}),
+        (("--keys", "a,b", "--keys", "c"), {"keys": ("a", "b", "c")}),
+        (("--sizes", "2", "--size", "1", "--sizes=4,8"), {"sizes": (2, 4, 8), "size": 1}),
+        (("--size", "2", "--size", "3"), {"size": 3}),
+        (("--secret", "a,b", "--secret", " c"), {"secret": ("a,b", " c")}),
+        (("--secret", ""), {"secret": ("",)}),
     ],
 )
 def test_flags_are_read_in_the_type_of_their_field(
@@ -65,6 +74,8 @@ def test_flags_are_read_in_the_type_of_their_field(
         ("QUIRE_IS_ON", "1", {"is_on": True}),
         ("QUIRE_SIZES", "2,4", {"sizes": (2, 4)}),
         ("QUIRE_KEYS", "a", {"keys": ("a",)}),
+        ("QUIRE_SECRET", "a,b", {"secret": ("a,b",)}),
+        ("OTHER_SECRET", "a,b", {"secret": ("a,b",)}),
         ("QUIRE_OTHER", "x", {}),
     ],
 )
@@ -77,6 +88,20 @@ def test_variables_are_read_in_the_type_of_their_field(
 def test_a_flag_wins_over_its_variable():
     environment = {"QUIRE_SIZE": "1", "QUIRE_NAME": "from environment"}
     assert parse("--size", "2", environment=environment) == {"size": 2, "name": "from environment"}
+
+
+def test_a_variable_of_ours_wins_over_its_fallback_and_a_flag_over_both():
+    environment = {"QUIRE_SECRET": "ours", "OTHER_SECRET": "theirs"}
+    assert parse(environment=environment) == {"secret": ("ours",)}
+    assert parse("--secret", "flag", environment=environment) == {"secret": ("flag",)}
+
+
+def test_variables_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch):
+    """os.environ refuses to be asked for a fallback that there is not; a dict does not."""
+    monkeypatch.setenv("QUIRE_SIZE", "7")
+    parser = Parser(prog="p")
+    add_flags(parser, Options)
+    assert given_options(parser.parse_args([]), Options)["size"] == 7
 
 
 @pytest.mark.parametrize(
@@ -120,7 +145,10 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     assert said.count("\n") == 1
 
 
-def test_help_names_every_option_with_its_unit_and_default(capsys: pytest.CaptureFixture[str]):
+def test_help_names_every_option_with_its_unit_and_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("QUIRE_SECRET", "sesame")
     with pytest.raises(SystemExit) as caught:
         parse("--help")
     assert caught.value.code == 0
@@ -131,8 +159,11 @@ def test_help_names_every_option_with_its_unit_and_default(capsys: pytest.Captur
         "--kind {a,b} kind (default: a)",
         "--is-on, --no-is-on switch (default: true)",
         "--keys KEYS keys (default: none)",
+        "--secret SECRET secrets (default: none)",
+        "--port PORT port (default: none)",
     ):
         assert part in text
+    assert "sesame" not in text
 
 
 def test_every_engine_option_has_a_flag_and_a_variable():

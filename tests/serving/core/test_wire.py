@@ -111,7 +111,13 @@ SUBMISSIONS = st.builds(
     priority=st.integers(-(2**31), 2**31 - 1),
     cache_salt=st.binary(max_size=8),
     output_token_ids=IDS,
+    tenant=st.binary(max_size=8),
 )
+
+
+def test_every_field_of_a_submission_is_carried() -> None:
+    carried = {field.name for field in core_pb2.Submit.DESCRIPTOR.fields}
+    assert {field.name for field in dataclasses.fields(Submission)} - {"submitted_ns"} == carried
 
 
 @given(SUBMISSIONS)

@@ -33,7 +33,9 @@ def main() -> None:
         sys.exit(2)
     if "exit_code" in options:
         sys.exit(options["exit_code"])
-    channel.say("ready")
+    for what, done, total in options.get("progress", ()):
+        channel.say("progress", what=what, done=done, total=total)
+    channel.say("ready", **{k: v for k, v in options.items() if k == "address"})
     while True:  # until a signal
         signal.pause()
 

@@ -37,7 +37,11 @@ async def of_fakes(children: dict[str, Any], limits: Limits) -> int:
         )
         for name, options in children.items()
     ]
-    return await Supervisor(made, limits, Display()).run()
+    display = Display()
+    try:
+        return await Supervisor(made, limits, display).run()
+    finally:
+        display.close()
 
 
 def main() -> int:

@@ -1,12 +1,12 @@
-"""The folder of the sockets, what is shown, and the limits."""
+"""The folder of the sockets, the limits, and the standard streams."""
 
-import io
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from quire.engine.errors import ConfigError
-from quire.serving.supervisor.display import Display
 from quire.serving.supervisor.folder import private_folder
 from quire.serving.supervisor.supervisor import Limits
 
@@ -46,28 +46,6 @@ def test_folder_that_is_too_long_for_a_socket_is_refused(tmp_path: Path) -> None
     assert list(runtime.iterdir()) == []
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_is_one_line_of_a_terminal() -> None:
-    shown = _Terminal()
-    display = Display(shown)
-    for done in range(3):
-        display.progress("programs", done, 2)
-    display.line("ready")
-    assert shown.getvalue() == ("programs: 0 of 2\r\x1b[Kprograms: 1 of 2\r\x1b[Kready\n")
-
-
-def test_progress_is_not_written_to_files() -> None:
-    shown = io.StringIO()
-    display = Display(shown)
-    display.progress("programs", 1, 2)
-    display.line("ready")
-    assert shown.getvalue() == "ready\n"
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -80,3 +58,25 @@ def test_progress_is_not_written_to_files() -> None:
 def test_limits_are_checked(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be .* got {value}"):
         Limits(**{name: value})
+
+
+@pytest.mark.parametrize("closed", ["2", "0, 2", "0, 1, 2"])
+def test_closed_standard_streams_are_opened(closed: str) -> None:
+    """A socket in the place of stderr would be written to by whoever writes to stderr."""
+    script = f"""
+import os, sys
+from quire.serving.supervisor.command import open_standard_streams
+answer = os.dup(1)
+for fd in ({closed},):
+    os.close(fd)
+open_standard_streams()
+streams = [os.fstat(fd).st_rdev == os.stat(os.devnull).st_rdev for fd in ({closed},)]
+inherited = [os.get_inheritable(fd) for fd in range(3)]
+os.write(answer, repr((streams, inherited, os.open(os.devnull, os.O_RDONLY) > 2)).encode())
+os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True
+    )
+    count = len(closed.split(","))
+    assert done.stdout == repr(([True] * count, [True] * 3, True))

@@ -1,5 +1,6 @@
 """Starting, restarting and ending children, with children that have no engine."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from .supervised import Supervised, is_alive, lines, wait_until
+from .supervised import Supervised, fill, is_alive, lines, wait_until
+
+READY = "quire: ready in 0.0 s\n"
 
 
 class Fakes:
@@ -47,7 +50,7 @@ def test_sigterm_ends_everything(fakes: Fakes, tmp_path: Path) -> None:
         supervised.send(signal.SIGTERM)
         assert supervised.wait(5) == 0
         assert not any(is_alive(pid) for name in children for pid in fakes.pids(name))
-        assert supervised.text == ""
+        assert supervised.text == READY
 
 
 def test_gateway_drains_before_the_core_ends(fakes: Fakes, tmp_path: Path) -> None:
@@ -66,9 +69,12 @@ def test_drain_ends_after_its_time(fakes: Fakes, tmp_path: Path) -> None:
     children = fakes.options(core={}, gateway={"is_deaf": True})
     with Supervised(tmp_path, children=children, limits={"drain_timeout_s": 0.2}) as supervised:
         fakes.until_noted("gateway", "core ready 0")
+        fakes.until_noted("core", "gateway ready 0")
         supervised.send(signal.SIGTERM)
         assert supervised.wait(8) == 0
-        assert supervised.text == "quire: the gateway did not end within 2.2 s; killing it\n"
+        assert supervised.text == (
+            READY + "quire: the gateway did not end within 2.2 s; killing it\n"
+        )
         assert not any(is_alive(pid) for name in children for pid in fakes.pids(name))
 
 
@@ -116,15 +122,77 @@ def test_ended_child_is_restarted_and_the_others_are_told(fakes: Fakes, tmp_path
     children = fakes.options(core={}, gateway={})
     with Supervised(tmp_path, children=children) as supervised:
         fakes.until_noted("gateway", "core ready 0")
+        fakes.until_noted("core", "gateway ready 0")
         subprocess.run(["kill", "-9", str(fakes.pids("core")[0])], check=True)
         fakes.until_noted("gateway", "core ready 1")
         assert fakes.noted("gateway")[-3:] == ["core ended 0", "core starting 1", "core ready 1"]
         assert len(fakes.pids("gateway")) == 1
-        assert supervised.text == (
-            "quire: the core ended (killed by SIGKILL); restarting it (1 of 5 times in 300 s)\n"
-        )
         supervised.send(signal.SIGTERM)
         assert supervised.wait(5) == 0
+        assert supervised.text == (
+            READY
+            + "quire: the core ended (killed by SIGKILL); restarting it (1 of 5 times in 300 s)\n"
+            "quire: the core is ready again after 0.0 s\n"
+        )
+
+
+def test_ready_says_where_and_again_after_a_restart(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={}, gateway={"address": "127.0.0.1:50051"})
+    with Supervised(tmp_path, children=children) as supervised:
+        supervised.until_said("quire: ready in 0.0 s, serving on 127.0.0.1:50051 (gRPC)\n")
+        subprocess.run(["kill", "-9", str(fakes.pids("gateway")[0])], check=True)
+        supervised.until_said(
+            "quire: the gateway is ready again after 0.0 s, serving on 127.0.0.1:50051 (gRPC)\n"
+        )
+        assert supervised.text.count("ready in") == 1
+
+
+def test_a_child_that_ends_before_all_are_ready_is_not_ready_again(
+    fakes: Fakes, tmp_path: Path
+) -> None:
+    children = fakes.options(core={"exit_code": 3}, gateway={})
+    with Supervised(tmp_path, children=children, limits={"max_restarts": 2}) as supervised:
+        assert supervised.wait() == 1
+        assert "ready" not in supervised.text
+
+
+def test_progress_is_cleared_when_its_child_is_gone(fakes: Fakes, tmp_path: Path) -> None:
+    children = fakes.options(core={"progress": [["programs", 1, 2]]}, gateway={})
+    ours, theirs = os.openpty()
+    with Supervised(tmp_path, stderr_fd=theirs, children=children) as supervised:
+        os.close(theirs)
+        fakes.until_noted("gateway", "core ready 0")
+        fakes.until_noted("core", "gateway ready 0")
+        subprocess.run(["kill", "-9", str(fakes.pids("core")[0])], check=True)
+        fakes.until_noted("gateway", "core starting 1")
+        supervised.send(signal.SIGTERM)
+        assert supervised.wait(5) == 0
+        text = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "programs ━━━━━━────── 1/2\r\x1b[Kquire: the core ended" in text
+    last = text.rpartition("\n")[2]
+    assert last == "" or last.endswith("\r\x1b[K")
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "stopped reading"])
+def test_supervision_goes_on_without_a_reader(fakes: Fakes, tmp_path: Path, is_gone: bool) -> None:
+    """`quire engine … 2>&1 | less`: the pipe is full or broken, and the core is restarted."""
+    children = fakes.options(core={}, gateway={})
+    ours, theirs = os.pipe()
+    if is_gone:
+        os.close(ours)
+    else:
+        fill(theirs)
+    with Supervised(tmp_path, stderr_fd=theirs, children=children) as supervised:
+        os.close(theirs)
+        fakes.until_noted("gateway", "core ready 0")
+        subprocess.run(["kill", "-9", str(fakes.pids("core")[0])], check=True)
+        fakes.until_noted("gateway", "core ready 1")
+        supervised.send(signal.SIGTERM)
+        assert supervised.wait(5) == 0
+        assert not any(is_alive(pid) for name in children for pid in fakes.pids(name))
+    if not is_gone:
+        os.close(ours)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +205,7 @@ def test_child_that_is_stuck_is_restarted(
     children = fakes.options(core={"question": question}, gateway={})
     with Supervised(tmp_path, children=children, limits={"step_timeout_s": 0.3}) as supervised:
         fakes.until_noted("gateway", "core ready 1")
-        assert f"({why}); restarting it" in supervised.text
+        supervised.until_said(f"({why}); restarting it")
 
 
 def test_restarts_have_a_budget(fakes: Fakes, tmp_path: Path) -> None:

@@ -1,42 +1,48 @@
-"""One line of JSON, read strictly: what another reader could take for something else is refused."""
+"""JSON read strictly: what another reader could take for something else is refused."""
 
 import json
 import math
 from typing import Any, NoReturn
 
-from ...engine.errors import RequestError
+from ..engine.errors import RequestError
 
 MAX_DEPTH = 128
 
 
-def read_object(content: bytes) -> dict[str, Any]:
-    """The object of a line. Raises RequestError, without a field."""
+def read_json(content: bytes | str, what: str) -> Any:
+    """The value. what: its name in the RequestError that is raised, without a field."""
     try:
-        value = _DECODER.decode(content.decode())
+        text = content.decode() if isinstance(content, bytes) else content
+        value = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"the line is not UTF-8 at byte {error.start}; save the file as UTF-8"
+            f"{what} is not UTF-8 at byte {error.start}; save it as UTF-8"
         ) from None
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep(what) from None
     except json.JSONDecodeError as error:
         raise RequestError(
-            f"the line is not JSON: {error.msg} at character {error.pos}; write one object a line"
+            f"{what} is not JSON: {error.msg} at character {error.pos}; send one value"
         ) from None
     except RequestError:
         raise
     except ValueError:  # Python's own limit on the digits of an integer
         raise RequestError(
-            "the line has an integer of thousands of digits; 64 bits are the most that is used"
+            f"{what} has an integer of thousands of digits; 64 bits are the most that is used"
         ) from None
+    # Fewer brackets cannot be deeper: most values are not walked.
+    if text.count("{") + text.count("[") > MAX_DEPTH:
+        _check_depth(value, what)
+    return value
+
+
+def read_object(content: bytes | str, what: str) -> dict[str, Any]:
+    """The value, which must be an object."""
+    value = read_json(content, what)
     if not isinstance(value, dict):
         raise RequestError(
-            f"the line must be a JSON object, got {_KINDS[type(value)]}; write for example "
-            '{"prompt": "…"}'
+            f"{what} must be a JSON object, got {_KINDS[type(value)]}; write it in braces"
         )
-    # Fewer brackets cannot be deeper: most lines are not walked.
-    if content.count(b"{") + content.count(b"[") > MAX_DEPTH:
-        _check_depth(value)
     return value
 
 
@@ -50,7 +56,7 @@ _KINDS = {
 }
 
 
-def _check_depth(value: object) -> None:
+def _check_depth(value: object, what: str) -> None:
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         containers = [item for item in level if isinstance(item, dict | list)]
@@ -62,11 +68,11 @@ def _check_depth(value: object) -> None:
         if not level:
             return
     if any(isinstance(item, dict | list) for item in level):
-        raise _too_deep()
+        raise _too_deep(what)
 
 
-def _too_deep() -> RequestError:
-    return RequestError(f"the line is nested deeper than {MAX_DEPTH} levels; flatten it")
+def _too_deep(what: str) -> RequestError:
+    return RequestError(f"{what} is nested deeper than {MAX_DEPTH} levels; flatten it")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

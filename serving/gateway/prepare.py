@@ -1,0 +1,207 @@
+"""From a message of quire.v1 to a request that the core can run, or to what is wrong with it.
+
+Pure functions of a model's text files and limits; where they run, and who may ask, is the intake's.
+Values are checked where LLM checks them: SamplingParams, `check_text_request`,
+`check_token_request`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...engine.errors import RequestError, UnknownModel
+from ...engine.sampling_params import SamplingParams
+from ...engine.text.validate import TextRequest, check_text_request
+from ...engine.text_files import TextFiles
+from ...engine.token_checks import TokenLimits, check_token_request
+from ...protos.quire.v1 import inference_pb2
+from ..core_client.params import params_from_proto
+from ..strict_json import read_json, read_object
+
+AnyRequest = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
+
+MAX_ID_BYTES = 128
+MAX_SALT_BYTES = 128
+MAX_MESSAGES = 4096
+# Of the template's variables, those that the request gives in another field.
+_RESERVED = (
+    "self",
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the checks need to know of the model. names: those that requests may use."""
+
+    files: TextFiles
+    names: tuple[str, ...]
+    limits: TokenLimits
+    takes_priorities: bool = False
+
+
+def check_envelope(message: AnyRequest, served: Served) -> None:
+    """What can be refused before any work is done. Raises RequestError."""
+    check_model(message.model, served)
+    _check_bytes("request_id", message.request_id, MAX_ID_BYTES)
+    _check_bytes("cache_salt", message.cache_salt, MAX_SALT_BYTES)
+    if message.priority and not served.takes_priorities:
+        raise RequestError(
+            f"priority is {message.priority}, but this server does not order requests by it; "
+            "leave it out, or start the server with --scheduling-policy priority",
+            field="priority",
+        )
+
+
+def check_model(name: str, served: Served) -> None:
+    if name and name not in served.names:
+        raise UnknownModel(
+            f"the model {name[:200]!r} is not served here; this server has "
+            f"{', '.join(served.names)}",
+            field="model",
+        )
+
+
+def text_size(message: AnyRequest) -> int:
+    """Characters or ids that the prompt is made of: what encoding it will cost."""
+    if isinstance(message, inference_pb2.ChatRequest):
+        return sum(len(m.content) + len(m.tool_calls_json) for m in message.messages) + len(
+            message.tools_json
+        )
+    return len(message.text) + len(message.token_ids.ids)
+
+
+def prepare(message: AnyRequest, served: Served) -> TextRequest:
+    """The request, checked and encoded. Takes as long as encoding does. Raises RequestError."""
+    params = params_from_proto(message.sampling_params, served.files.default_sampling)
+    if isinstance(message, inference_pb2.ChatRequest):
+        prompt: Any = render(message, served.files)
+    else:
+        prompt = _prompt(message)
+    checked = check_text_request(
+        prompt,
+        params,
+        served.files.tokenizer,
+        max_model_len=served.limits.max_model_len,
+        # A rendered template has written them.
+        add_special_tokens=isinstance(message, inference_pb2.GenerateRequest),
+    )
+    resolved = check_token_request(checked.prompt_token_ids, checked.params, served.limits)
+    return TextRequest(checked.prompt, checked.prompt_token_ids, resolved, checked.bad_word_ids)
+
+
+def render(message: inference_pb2.ChatRequest, files: TextFiles) -> str:
+    """The conversation as one text. Raises RequestError."""
+    if len(message.messages) > MAX_MESSAGES:
+        raise RequestError(
+            f"messages has {len(message.messages)} entries, at most {MAX_MESSAGES} are allowed; "
+            "send fewer",
+            field="messages",
+        )
+    messages = [_message(one, f"messages[{i}]") for i, one in enumerate(message.messages)]
+    opens_turn = not message.continue_final_message
+    if message.HasField("add_generation_prompt"):
+        opens_turn = message.add_generation_prompt
+    return files.tokenizer.apply_chat_template(
+        messages,
+        tools=_json(message.tools_json, "tools") if message.tools_json else None,
+        add_generation_prompt=opens_turn,
+        continue_final_message=message.continue_final_message,
+        **_variables(message.chat_template_kwargs_json),
+    )
+
+
+def tokenize(message: inference_pb2.TokenizeRequest, served: Served) -> tuple[int, ...]:
+    """Raises RequestError, also for a text that is far too long for the model."""
+    check_model(message.model, served)
+    kind = message.WhichOneof("input")
+    if kind is None:
+        raise RequestError("input is not set; send a text or a chat", field="input")
+    if kind == "text" and not message.text:
+        adds = not message.HasField("add_special_tokens") or message.add_special_tokens
+        return tuple(served.files.tokenizer.encode("", adds))
+    text, adds_special_tokens = message.text, True
+    if message.HasField("add_special_tokens"):
+        adds_special_tokens = message.add_special_tokens
+    if kind == "chat":
+        text, adds_special_tokens = render(message.chat, served.files), False
+    return check_text_request(
+        text,
+        SamplingParams(),
+        served.files.tokenizer,
+        max_model_len=served.limits.max_model_len,
+        add_special_tokens=adds_special_tokens,
+    ).prompt_token_ids
+
+
+def detokenize(message: inference_pb2.DetokenizeRequest, served: Served) -> str:
+    """Raises RequestError."""
+    check_model(message.model, served)
+    most = served.limits.max_model_len
+    if len(message.token_ids) > most:
+        raise RequestError(
+            f"token_ids has {len(message.token_ids)} entries, at most {most} (the model's context) "
+            "are allowed; send them in parts",
+            field="token_ids",
+        )
+    skips = not message.HasField("skip_special_tokens") or message.skip_special_tokens
+    return served.files.tokenizer.decode(message.token_ids, skips)
+
+
+def _prompt(message: inference_pb2.GenerateRequest) -> dict[str, Any]:
+    kind = message.WhichOneof("prompt")
+    if kind is None:
+        raise RequestError("prompt is not set; send text or token_ids", field="prompt")
+    if kind == "text":
+        return {"prompt": message.text}
+    return {"prompt_token_ids": tuple(message.token_ids.ids)}
+
+
+def _message(message: inference_pb2.ChatMessage, where: str) -> dict[str, Any]:
+    """Only what is set: a template tells an empty content from none."""
+    one: dict[str, Any] = {"role": message.role}
+    if message.HasField("content"):
+        one["content"] = message.content
+    for name in ("name", "tool_call_id"):
+        if value := getattr(message, name):
+            one[name] = value
+    if message.tool_calls_json:
+        one["tool_calls"] = _json(message.tool_calls_json, f"{where}.tool_calls_json")
+    return one
+
+
+def _json(text: str, field: str) -> Any:
+    try:
+        return read_json(text, field)
+    except RequestError as error:
+        error.field = field
+        raise
+
+
+def _variables(text: str) -> dict[str, Any]:
+    if not text:
+        return {}
+    field = "chat_template_kwargs_json"
+    try:
+        variables = read_object(text, field)
+    except RequestError as error:
+        error.field = field
+        raise
+    for name in variables:
+        if name in _RESERVED:
+            raise RequestError(
+                f"{field} may not set {name}, which follows from the request; leave it out",
+                field=field,
+            )
+    return variables
+
+
+def _check_bytes(name: str, text: str, most: int) -> None:
+    num_bytes = len(text.encode())
+    if num_bytes > most:
+        raise RequestError(
+            f"{name} has {num_bytes} bytes, at most {most} are allowed; shorten it", field=name
+        )
