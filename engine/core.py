@@ -286,6 +286,7 @@ class EngineCore:
         prompt_logprobs = None
         if request.num_output == 1 and params.prompt_logprobs is not None:
             prompt_logprobs = tuple(tracked.prompt_logprobs)
+        is_first = bool(tracked.queue_ns)
         queue_ns, tracked.queue_ns = tracked.queue_ns or 0, 0
         if reason is not None:
             self.scheduler.finish(request, reason, stop_reason)
@@ -298,7 +299,7 @@ class EngineCore:
                 prompt_logprobs,
                 reason,
                 stop_reason,
-                request.num_cached,
+                request.num_cached if is_first else 0,
                 queue_ns,
             )
         )

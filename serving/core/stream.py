@@ -85,16 +85,15 @@ class Stream:
         for output in outputs:
             if output.request_id not in self._open:
                 continue  # aborted after it was made
-            output = self._bounded(output)
+            if output.logprobs or output.prompt_logprobs is not None:
+                output = self._bounded(output)
             if output.finish_reason is not None:
                 self._open.discard(output.request_id)
             sent.append(output)
         # Apart: one that was refused for its id leaves the request of that id open.
         sent += self._refused
         self._refused = []
-        if not sent:
-            return None
-        return outputs_to_proto(sent)
+        return outputs_to_proto(sent) if sent else None
 
     def _bounded(self, output: StepOutput) -> StepOutput:
         num_bytes = _logprob_bytes(output)

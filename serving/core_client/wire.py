@@ -62,33 +62,64 @@ def submission_from_proto(message: core_pb2.Submit) -> Submission:
 
 
 def outputs_to_proto(outputs: Iterable[StepOutput]) -> core_pb2.StepOutputs:
-    """Cost: half a microsecond an output of one token."""
+    """Cost: a third of a microsecond for an output of one token and nothing else."""
     message = core_pb2.StepOutputs()
-    add = message.outputs.add
+    batch = message.batches.add()
+    request_ids: list[str] = []
+    token_ids: list[int] = []
     for output in outputs:
-        one = add()
-        one.request_id = output.request_id
-        one.token_ids.extend(output.token_ids)
-        if output.num_cached:
-            one.num_cached = output.num_cached
-        if output.queue_ns:
-            one.queue_ns = output.queue_ns
-        if output.logprobs:
-            one.logprobs.extend(_position_to_proto(p) for p in output.logprobs)
-        if output.prompt_logprobs is not None:
-            one.has_prompt_logprobs = True
-            one.prompt_logprobs.extend(_position_to_proto(p) for p in output.prompt_logprobs)
-        if output.finish_reason is not None:
-            one.finish_reason = _WIRE_BY_REASON[output.finish_reason]
-            if isinstance(output.stop_reason, int):
-                one.stop_token_id = output.stop_reason
-            elif output.stop_reason is not None:
-                one.error = output.stop_reason
+        if _is_plain(output):
+            request_ids.append(output.request_id)
+            token_ids.append(output.token_ids[0])
+            continue
+        if request_ids:  # whose place is before this one
+            batch.request_ids.extend(request_ids)
+            batch.token_ids.extend(token_ids)
+            batch, request_ids, token_ids = message.batches.add(), [], []
+        _fill(batch.outputs.add(), output)
+    batch.request_ids.extend(request_ids)
+    batch.token_ids.extend(token_ids)
     return message
 
 
 def outputs_from_proto(message: core_pb2.StepOutputs) -> list[StepOutput]:
-    return [_output_from_proto(one) for one in message.outputs]
+    outputs = []
+    for batch in message.batches:
+        outputs += [_output_from_proto(one) for one in batch.outputs]
+        outputs += [
+            StepOutput(request_id, (token_id,))
+            for request_id, token_id in zip(batch.request_ids, batch.token_ids, strict=True)
+        ]
+    return outputs
+
+
+def _is_plain(output: StepOutput) -> bool:
+    """One more token, and nothing else to say."""
+    return (
+        len(output.token_ids) == 1
+        and output.finish_reason is None
+        and not output.queue_ns
+        and not output.num_cached
+        and not output.logprobs
+        and output.prompt_logprobs is None
+    )
+
+
+def _fill(one: core_pb2.RequestOutput, output: StepOutput) -> None:
+    one.request_id = output.request_id
+    one.token_ids.extend(output.token_ids)
+    one.num_cached = output.num_cached
+    one.queue_ns = output.queue_ns
+    one.logprobs.extend(_position_to_proto(p) for p in output.logprobs)
+    if output.prompt_logprobs is not None:
+        one.has_prompt_logprobs = True
+        one.prompt_logprobs.extend(_position_to_proto(p) for p in output.prompt_logprobs)
+    if output.finish_reason is not None:
+        one.finish_reason = _WIRE_BY_REASON[output.finish_reason]
+        if isinstance(output.stop_reason, int):
+            one.stop_token_id = output.stop_reason
+        elif output.stop_reason is not None:
+            one.error = output.stop_reason
 
 
 def _output_from_proto(one: core_pb2.RequestOutput) -> StepOutput:

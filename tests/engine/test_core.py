@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from quire import LLM
@@ -33,10 +34,17 @@ def times_ns(core: EngineCore) -> list[int]:
 
 @pytest.mark.parametrize("bad_words", [(), ((7, 8),)], ids=["plain", "reads while it builds"])
 def test_times_of_a_step_are_disjoint_and_leave_little_out(
-    llm: LLM, bad_words: tuple[tuple[int, ...], ...]
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, bad_words: tuple[tuple[int, ...], ...]
 ):
     core = llm._engine.core
-    params = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=2, prompt_logprobs=2)
+    forward, slow_ns = core.runner.forward, 5_000_000
+
+    def slow_forward(*args: Any) -> Any:
+        time.sleep(slow_ns / 1e9)
+        return forward(*args)
+
+    monkeypatch.setattr(core.runner, "forward", slow_forward)
+    params = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2, prompt_logprobs=2)
     with llm._loop._wake:  # the loop sleeps while this thread drives the core
         core.submit(Submission("x", tuple(range(3, 30)), params, seed=0, bad_words=bad_words))
         before, wall_ns = times_ns(core), 0
@@ -48,6 +56,7 @@ def test_times_of_a_step_are_disjoint_and_leave_little_out(
     spent_ns = [b - a for a, b in zip(before, times_ns(core), strict=True)]
     assert all(type(ns) is int and ns > 0 for ns in spent_ns), spent_ns
     assert 0.5 * wall_ns < sum(spent_ns) <= wall_ns
+    assert spent_ns[TIMES.index("build_ns")] >= 20 * slow_ns, "a read took the time before it"
 
 
 def test_a_fair_engine_serves_another_tenant_before_a_queue(llm: LLM):

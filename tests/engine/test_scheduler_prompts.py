@@ -55,6 +55,15 @@ def test_several_prompts_leave_each_decode_behind_them_a_token():
     assert {chunk.request for chunk in plan.chunks} == {*decodes, scheduler.running[0]}
 
 
+def test_a_prompt_leaves_nothing_to_the_decodes_in_front_of_it():
+    scheduler = make_scheduler(policy=by_priority, max_num_batched_tokens=8, max_chunk=4)
+    for arrival, (prompt, priority) in enumerate([(1, 1), (1, 3), (40, 0), (40, 2)]):
+        scheduler.add(make_request(arrival, prompt, priority=priority, max_tokens=9))
+        step(scheduler)
+    [last_step, this_step] = step(scheduler), step(scheduler)
+    assert this_step == "r0[5:6]! r1[5:6]! r2[12:16] r3[4:6]", last_step
+
+
 def test_a_prompt_comes_on_though_the_decodes_could_take_the_whole_step():
     scheduler, _ = make_busy(4, 8, [50])
     step(scheduler)

@@ -21,7 +21,7 @@ from quire.serving.core import stream as stream_module
 from quire.serving.core.server import CoreServer, listen
 from quire.serving.core.stream import Stream
 from quire.serving.core_client.client import CoreClient
-from quire.serving.core_client.wire import submission_to_proto
+from quire.serving.core_client.wire import outputs_from_proto, submission_to_proto
 from quire.serving.supervisor.command import why_core_is_stuck
 
 from .cores import OPTIONS, WAIT_S, ended_because, finish, is_idle, token_ids, until
@@ -267,13 +267,13 @@ def test_outputs_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         step()
     message = stream.message()
     assert message is not None
-    assert len(message.outputs) == 10  # what waited goes out as one message
+    assert len(outputs_from_proto(message)) == 10  # what waited goes out as one message
     for _ in range(100):
         step()
     assert stream.is_overrun
     message = stream.message()
     assert message is not None
-    assert len(message.outputs) == 12
+    assert len(outputs_from_proto(message)) == 12
     assert stream.message() is None
     stream.end()
     assert loop.aborted == ["a"]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from quire.protos.quire.v1 import inference_pb2 as quire_dot_protos_dot_quire_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%quire/protos/quire/core/v1/core.proto\x12\rquire.core.v1\x1a%quire/protos/quire/v1/inference.proto\"B\n\x08\x43ommands\x12&\n\x07submits\x18\x01 \x03(\x0b\x32\x15.quire.core.v1.Submit\x12\x0e\n\x06\x61\x62orts\x18\x02 \x03(\t\"\xf5\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12(\n\x06params\x18\x03 \x01(\x0b\x32\x18.quire.v1.SamplingParams\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12%\n\tbad_words\x18\x05 \x03(\x0b\x32\x12.quire.v1.TokenIds\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x18\n\x10output_token_ids\x18\t \x03(\r\x12\x0e\n\x06tenant\x18\n \x01(\x0c\"<\n\x0bStepOutputs\x12-\n\x07outputs\x18\x01 \x03(\x0b\x32\x1c.quire.core.v1.RequestOutput\"\xc8\x02\n\rRequestOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.quire.core.v1.RawLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1a.quire.core.v1.RawLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x12\n\nnum_cached\x18\x08 \x01(\r\x12\x10\n\x08queue_ns\x18\t \x01(\x03\x12\x1b\n\x13has_prompt_logprobs\x18\n \x01(\x08\x42\x10\n\x0e_stop_token_id\"\\\n\x0bRawLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x0b\n\x03top\x18\x05 \x03(\x02\"\x12\n\x10GetStatusRequest\"\xc3\x02\n\x11GetStatusResponse\x12\x10\n\x08has_work\x18\x01 \x01(\x08\x12\x13\n\x0bstep_age_ns\x18\x02 \x01(\x03\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x11\n\tnum_pages\x18\x05 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x06 \x01(\r\x12@\n\x08\x63ounters\x18\x07 \x03(\x0b\x32..quire.core.v1.GetStatusResponse.CountersEntry\x12\x14\n\x0cnum_compiles\x18\x08 \x01(\r\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\x96\x01\n\x04\x43ore\x12>\n\x03Run\x12\x17.quire.core.v1.Commands\x1a\x1a.quire.core.v1.StepOutputs(\x01\x30\x01\x12N\n\tGetStatus\x12\x1f.quire.core.v1.GetStatusRequest\x1a .quire.core.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%quire/protos/quire/core/v1/core.proto\x12\rquire.core.v1\x1a%quire/protos/quire/v1/inference.proto\"B\n\x08\x43ommands\x12&\n\x07submits\x18\x01 \x03(\x0b\x32\x15.quire.core.v1.Submit\x12\x0e\n\x06\x61\x62orts\x18\x02 \x03(\t\"\xf5\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12(\n\x06params\x18\x03 \x01(\x0b\x32\x18.quire.v1.SamplingParams\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12%\n\tbad_words\x18\x05 \x03(\x0b\x32\x12.quire.v1.TokenIds\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x18\n\x10output_token_ids\x18\t \x03(\r\x12\x0e\n\x06tenant\x18\n \x01(\x0c\":\n\x0bStepOutputs\x12+\n\x07\x62\x61tches\x18\x01 \x03(\x0b\x32\x1a.quire.core.v1.OutputBatch\"d\n\x0bOutputBatch\x12-\n\x07outputs\x18\x01 \x03(\x0b\x32\x1c.quire.core.v1.RequestOutput\x12\x13\n\x0brequest_ids\x18\x02 \x03(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xc8\x02\n\rRequestOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.quire.core.v1.RawLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1a.quire.core.v1.RawLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x12\n\nnum_cached\x18\x08 \x01(\r\x12\x10\n\x08queue_ns\x18\t \x01(\x03\x12\x1b\n\x13has_prompt_logprobs\x18\n \x01(\x08\x42\x10\n\x0e_stop_token_id\"\\\n\x0bRawLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x0b\n\x03top\x18\x05 \x03(\x02\"\x12\n\x10GetStatusRequest\"\xc3\x02\n\x11GetStatusResponse\x12\x10\n\x08has_work\x18\x01 \x01(\x08\x12\x13\n\x0bstep_age_ns\x18\x02 \x01(\x03\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x11\n\tnum_pages\x18\x05 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x06 \x01(\r\x12@\n\x08\x63ounters\x18\x07 \x03(\x0b\x32..quire.core.v1.GetStatusResponse.CountersEntry\x12\x14\n\x0cnum_compiles\x18\x08 \x01(\r\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\x96\x01\n\x04\x43ore\x12>\n\x03Run\x12\x17.quire.core.v1.Commands\x1a\x1a.quire.core.v1.StepOutputs(\x01\x30\x01\x12N\n\tGetStatus\x12\x1f.quire.core.v1.GetStatusRequest\x1a .quire.core.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,17 +39,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMIT']._serialized_start=164
   _globals['_SUBMIT']._serialized_end=409
   _globals['_STEPOUTPUTS']._serialized_start=411
-  _globals['_STEPOUTPUTS']._serialized_end=471
-  _globals['_REQUESTOUTPUT']._serialized_start=474
-  _globals['_REQUESTOUTPUT']._serialized_end=802
-  _globals['_RAWLOGPROBS']._serialized_start=804
-  _globals['_RAWLOGPROBS']._serialized_end=896
-  _globals['_GETSTATUSREQUEST']._serialized_start=898
-  _globals['_GETSTATUSREQUEST']._serialized_end=916
-  _globals['_GETSTATUSRESPONSE']._serialized_start=919
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1242
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=1195
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=1242
-  _globals['_CORE']._serialized_start=1245
-  _globals['_CORE']._serialized_end=1395
+  _globals['_STEPOUTPUTS']._serialized_end=469
+  _globals['_OUTPUTBATCH']._serialized_start=471
+  _globals['_OUTPUTBATCH']._serialized_end=571
+  _globals['_REQUESTOUTPUT']._serialized_start=574
+  _globals['_REQUESTOUTPUT']._serialized_end=902
+  _globals['_RAWLOGPROBS']._serialized_start=904
+  _globals['_RAWLOGPROBS']._serialized_end=996
+  _globals['_GETSTATUSREQUEST']._serialized_start=998
+  _globals['_GETSTATUSREQUEST']._serialized_end=1016
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1019
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1342
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=1295
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=1342
+  _globals['_CORE']._serialized_start=1345
+  _globals['_CORE']._serialized_end=1495
 # @@protoc_insertion_point(module_scope)
