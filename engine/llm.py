@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import queue
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,7 +40,9 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         keywords = translate(options)
+        started = time.perf_counter()
         self._engine: Engine = start_engine(EngineConfig(model=model, **keywords), say)
+        say(f"ready in {time.perf_counter() - started:.1f} s")
         self._seed = keywords.get("seed", 0)
         self._loop = EngineLoop(self._engine.core)
         # Also when it is dropped, and at exit: a thread inside XLA would abort the interpreter.

@@ -7,7 +7,6 @@ import os
 import secrets
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,7 +69,6 @@ def start_engine(
     secret: 32 bytes, the key of the prefix cache's hashes; drawn when not given. progress: called
     from several threads, instead of bars on the terminal.
     """
-    started = time.perf_counter()
     if config.tensor_parallel_size != 1:
         raise ConfigError(
             f"tensor_parallel_size = {config.tensor_parallel_size} is not available: tensor "
@@ -110,7 +108,6 @@ def start_engine(
     return_freed_memory()
     scheduler = build.scheduler(kv_plan, secret or secrets.token_bytes(32))
     core = EngineCore(runner, scheduler, eos_ids=files.eos_ids, depth=depth)
-    say(f"ready in {time.perf_counter() - started:.1f} s")
     return Engine(core, files, kv_plan.max_model_len, plan, report)
 
 

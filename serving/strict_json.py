@@ -15,9 +15,7 @@ def read_json(content: bytes | str, what: str) -> Any:
         text = content.decode() if isinstance(content, bytes) else content
         value = _DECODER.decode(text)
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{what} is not UTF-8 at byte {error.start}; save it as UTF-8"
-        ) from None
+        raise RequestError(f"{what} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except RecursionError:
         raise _too_deep(what) from None
     except json.JSONDecodeError as error:

@@ -20,6 +20,16 @@ _CONTINUE = "\ue000CONTINUE\ue001 "  # the trailing space tells whether the temp
 _LOOPS_OVER_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[^%}]*\bcontent\b")
 _DEFAULT_LIMITS = RenderLimits()
 
+# Variables that the engine gives; whoever passes variables of a stranger on refuses these.
+RESERVED_VARIABLES = (
+    "self",
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+)
+
 
 class ChatTemplate:
     """A compiled template; rendering is thread-safe. Get it from `compile_chat_template`."""

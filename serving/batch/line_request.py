@@ -12,6 +12,7 @@ from typing import Any
 
 from ...engine.errors import RequestError
 from ...engine.sampling_params import SamplingParams
+from ...engine.text.chat_template import RESERVED_VARIABLES
 
 LineId = str | int
 
@@ -23,15 +24,6 @@ _PROMPT_RULES: dict[str, tuple[type, str]] = {
     "prompt": (str, "a string (token ids go into prompt_token_ids)"),
     "prompt_token_ids": (list, "a list of token ids"),
 }
-# Of the template's variables, those that the engine gives.
-_RESERVED = (
-    "self",
-    "messages",
-    "tools",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-)
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,7 @@ def template_variables(value: object) -> Mapping[str, Any]:
             field="chat_template_kwargs",
         )
     for name in value:
-        if name in _RESERVED:
+        if name in RESERVED_VARIABLES:
             raise RequestError(
                 f"chat_template_kwargs may not set {name}, which follows from the line; leave it "
                 "out",

@@ -1,8 +1,8 @@
 """The gateway process: `python -m quire.serving.gateway --channel FD`, started by a supervisor.
 
 The first message of the channel brings its options: {"engine": {…}, "serve": {…}, "core_socket":
-path, "secret": hex}. It answers "ready" with its address, or "refused" and exit code 2. SIGTERM
-drains it; it does not outlive its supervisor.
+path, "secret": hex}. It answers "ready" with its address once it serves, or "refused" and exit code
+2. SIGTERM drains it; it does not outlive its supervisor.
 """
 
 import asyncio
@@ -24,12 +24,14 @@ def main() -> int:
     channel = channel_of(sys.argv)
     options = channel.receive()
     serve = options["serve"]
-    configure_logs(serve.get("log_level", "info"), serve.get("log_format", "text"))
+    close_logs = configure_logs(serve.get("log_level", "info"), serve.get("log_format", "text"))
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(options, channel))
+        code = runner.run(_serve(options, channel))
+    close_logs()
+    return code
 
 
 async def _serve(options: Message, channel: Channel) -> int:
@@ -58,8 +60,12 @@ async def _serve(options: Message, channel: Channel) -> int:
     except UsageError as error:
         channel.say("refused", why=str(error))
         return 2
-    channel.say("ready", address=address)
-    await stopped.wait()
+    serving = asyncio.create_task(gateway.health.has_served.wait())
+    stopping = asyncio.create_task(stopped.wait())
+    await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        channel.say("ready", address=address)
+    await stopping
     await gateway.drain()
     return 0
 

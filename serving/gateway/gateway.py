@@ -1,6 +1,7 @@
 """The gateway put together: from its options to a server that serves, and to its end."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from .callers import Callers, bearer_key
 from .core_link import CoreLink
 from .health import Health
 from .intake import Intake
-from .listener import KeyInterceptor, make_listener
+from .listener import KeyInterceptor, make_listener, tls_context
 from .metrics import GatewayMetrics
 from .metrics_http import start_metrics_server
 from .prepare import Served
 from .registry import Registry
 from .service import InferenceService
 from .waiting import Waiting, WaitingLimits
+
+logger = logging.getLogger(__name__)
 
 # From the last answer to the end of the calls that carry it.
 _STOP_GRACE_S = 1.0
@@ -89,8 +92,14 @@ class Gateway:
         self._listener, address = make_listener(self._config, self._service, self.health, keys)
         if self._config.metrics_port is not None:
             self._metrics_server = await start_metrics_server(
-                self._config.host, self._config.metrics_port, self.metrics.render, self._may_scrape
+                self._config.host,
+                self._config.metrics_port,
+                self.metrics.render,
+                self._may_scrape,
+                tls_context(self._config),
             )
+            port = self._metrics_server.sockets[0].getsockname()[1]
+            logger.info("metrics are at port %d, path /metrics", port)
         await self._listener.start()
         self._tasks = [
             asyncio.create_task(self.link.run()),

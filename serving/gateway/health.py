@@ -36,6 +36,7 @@ class Health:
         self._on_status = on_status
         self._is_draining = False
         self._is_poked = asyncio.Event()
+        self.has_served = asyncio.Event()
         self.servicer = health_aio.HealthServicer()
 
     async def run(self) -> None:
@@ -75,6 +76,8 @@ class Health:
 
     async def _set(self, is_serving: bool) -> None:
         self._metrics.is_serving = is_serving
+        if is_serving:
+            self.has_served.set()
         serving = health_pb2.HealthCheckResponse.ServingStatus
         status = serving.SERVING if is_serving else serving.NOT_SERVING
         for service in SERVICES:

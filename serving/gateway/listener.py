@@ -83,20 +83,33 @@ def make_listener(
     return server, f"{host}:{port}"
 
 
-def _credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
+def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
+    """For what is not gRPC; None without TLS. Raises ConfigError for files that cannot be used."""
     if config.ssl_certfile is None or config.ssl_keyfile is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        # gRPC would say nothing but that it cannot bind.
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=_no_password)
         if config.ssl_ca_certs is not None:
             context.load_verify_locations(config.ssl_ca_certs)
-    except (OSError, ssl.SSLError) as error:
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
             f"ssl_certfile, ssl_keyfile or ssl_ca_certs cannot be used ({error}); give PEM files, "
             "the key without a password"
         ) from error
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password")
+
+
+def _credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
+    if tls_context(config) is None:  # gRPC would say nothing but that it cannot bind
+        return None
+    assert config.ssl_keyfile is not None
+    assert config.ssl_certfile is not None
     authorities = None if config.ssl_ca_certs is None else Path(config.ssl_ca_certs).read_bytes()
     pair = (Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes())
     return grpc.ssl_server_credentials(

@@ -6,19 +6,43 @@ What a client sends may stand in a message or in a field: it never starts a line
 import json
 import logging
 import math
+import queue
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
 # What every record has; the rest came as `extra`.
 _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
+# Of records that wait to be written.
+_MAX_RECORDS = 10_000
 
-def configure_logs(level: str, format: str) -> None:
-    """Everything from `level` (debug, info, warning, error) on goes to stderr, as text or json."""
+
+def configure_logs(level: str, format: str) -> Callable[[], None]:
+    """Everything from `level` (debug, info, warning, error) on goes to stderr, as text or json.
+
+    A thread writes it: a stderr that nobody reads stops no request, and what there is no more room
+    for is dropped. Returns what writes the rest, for the end of the process.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if format == "json" else _TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    records: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_RECORDS)
+    logging.basicConfig(level=level.upper(), handlers=[_Enqueuing(records)], force=True)
+    listener = QueueListener(records, handler)
+    listener.start()
+    return listener.stop
+
+
+class _Enqueuing(QueueHandler):
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """As it is: its text is made on the other thread."""
+        record.message = record.getMessage()
+        return record
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """There is no room."""
 
 
 class _TextFormatter(logging.Formatter):

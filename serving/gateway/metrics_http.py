@@ -5,6 +5,7 @@ which would read counters while the gateway's thread changes them.
 """
 
 import asyncio
+import ssl
 from collections.abc import Callable
 
 from ...engine.errors import ConfigError
@@ -17,7 +18,11 @@ _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def start_metrics_server(
-    host: str, port: int, render: Callable[[], str], is_allowed: Callable[[str | None], bool]
+    host: str,
+    port: int,
+    render: Callable[[], str],
+    is_allowed: Callable[[str | None], bool],
+    tls: ssl.SSLContext | None = None,
 ) -> asyncio.Server:
     """Serve render()'s text. is_allowed: asked with the Authorization header, None without one.
 
@@ -25,7 +30,7 @@ async def start_metrics_server(
     """
     server = _MetricsServer(render, is_allowed)
     try:
-        return await asyncio.start_server(server.serve, host, port, limit=MAX_HEAD_BYTES)
+        return await asyncio.start_server(server.serve, host, port, limit=MAX_HEAD_BYTES, ssl=tls)
     except OSError as error:
         raise ConfigError(
             f"metrics_port {port} on {host} cannot be opened ({error.strerror or error}); choose "

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...engine.errors import RequestError, UnknownModel
 from ...engine.sampling_params import SamplingParams
+from ...engine.text.chat_template import RESERVED_VARIABLES
 from ...engine.text.validate import TextRequest, check_text_request
 from ...engine.text_files import TextFiles
 from ...engine.token_checks import TokenLimits, check_token_request
@@ -22,15 +23,6 @@ AnyRequest = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 MAX_ID_BYTES = 128
 MAX_SALT_BYTES = 128
 MAX_MESSAGES = 4096
-# Of the template's variables, those that the request gives in another field.
-_RESERVED = (
-    "self",
-    "messages",
-    "tools",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-)
 
 
 @dataclass(frozen=True)
@@ -191,7 +183,7 @@ def _variables(text: str) -> dict[str, Any]:
         error.field = field
         raise
     for name in variables:
-        if name in _RESERVED:
+        if name in RESERVED_VARIABLES:
             raise RequestError(
                 f"{field} may not set {name}, which follows from the request; leave it out",
                 field=field,

@@ -3,10 +3,12 @@
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 
 import pytest
+from quire.serving.gateway import logs
 from quire.serving.gateway.logs import configure_logs
 
 Said = Callable[[], list[str]]
@@ -21,15 +23,23 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Configured]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()  # those of pytest would be closed
+    closing: list[Callable[[], None]] = []
 
     def configure(format: str, level: str = "info") -> tuple[logging.Logger, Said]:
         stderr = io.StringIO()
         monkeypatch.setattr("sys.stderr", stderr)
-        configure_logs(level, format)
-        logger = logging.getLogger("quire.serving.gateway.service")
-        return logger, lambda: stderr.getvalue().split("\n")[:-1]
+        closing.append(configure_logs(level, format))
+
+        def said() -> list[str]:
+            while closing:
+                closing.pop()()
+            return stderr.getvalue().split("\n")[:-1]
+
+        return logging.getLogger("quire.serving.gateway.service"), said
 
     yield configure
+    while closing:
+        closing.pop()()
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -122,3 +132,21 @@ def test_any_value_can_be_a_field(configured: Configured):
     logger.info("x", extra={"error": ValueError("why"), "ids": [1, 2], "text": "\ud800"})
     entry = json.loads(said()[0])
     assert (entry["error"], entry["ids"], entry["text"]) == ("why", [1, 2], "\ud800")
+
+
+def test_stderr_that_nobody_reads_stops_nobody(monkeypatch: pytest.MonkeyPatch):
+    """What there is no room for is dropped: the event loop must not wait for a pipe."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        monkeypatch.setattr(logs, "_MAX_RECORDS", 10)
+        close = configure_logs("info", "text")
+        for _ in range(1000):
+            logging.getLogger("quire").info("x" * 1000)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        os.close(read)
+        close()
