@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-
 from quire.engine.core_io import StepOutput
 from quire.engine.request import FinishReason
 from quire.protos.quire.core.v1 import core_pb2, core_pb2_grpc

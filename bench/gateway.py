@@ -7,6 +7,7 @@ python -m quire.bench.gateway
 """
 
 import asyncio
+import itertools
 import os
 import statistics
 import subprocess
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import grpc
 import uvloop
-
 from quire.protos.quire.v1 import inference_pb2 as pb
 from quire.protos.quire.v1 import inference_pb2_grpc
 from quire.serving.supervisor.child import Child, Process
@@ -27,7 +27,7 @@ from quire.serving.supervisor.child import Child, Process
 from .report import emit, line
 
 NUM_STREAMS, SECONDS = 256, 10.0
-SESSION_STEP_MS, CALLS_STEP_MS, GAP_STEP_MS = 10.0, 50.0, 10.0
+SESSION_STEP_MS, CALLS_STEP_MS, GAP_STEP_MS = 10.0, 5.0, 10.0
 MOST_US_PER_TOKEN, MOST_GAP_MS = 12, 20
 NUM_LONG_PROMPTS, LONG_TOKENS = 20, 8192
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -216,7 +216,7 @@ async def long_prompts() -> None:
 
 def _gaps_ms(session: Sessions) -> list[float]:
     arrivals = session.arrivals[20:]
-    return [(b - a) * 1000 for a, b in zip(arrivals, arrivals[1:], strict=False)]
+    return [(b - a) * 1000 for a, b in itertools.pairwise(arrivals)]
 
 
 def _require_one_delta_a_token(tokens: int, deltas: int) -> None:
