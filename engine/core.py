@@ -8,59 +8,27 @@ in, StepOutputs out.
 import logging
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import numpy as np
 
 from ..layers import rows
 from ..layers.programs import SCORE_ROWS, Hidden, Variant
-from ..layers.sampling import Sampled, TokenLogprobs
+from ..layers.sampling import TokenLogprobs
 from .batch_builder import BatchBuilder, PackedStep
 from .core_io import PositionLogprobs, StepOutput, Submission
 from .errors import RequestError
 from .metrics import CoreMetrics
 from .request import FinishReason, Request
-from .row_packer import RowNeeds, ban_completions, pack_row, pack_tables, row_needs
+from .row_packer import ban_completions, pack_row, pack_tables, row_needs
 from .runner import ROWS_PER_UPDATE, Runner
-from .scheduler import Chunk, Scheduler, StepPlan
+from .scheduler import Scheduler, StepPlan
+from .tracked import InFlight, RowFault, Scores, Tracked
 
 logger = logging.getLogger(__name__)
 
 # A request whose steps failed this often is ended.
 _MAX_FAILURES = 2
-
-
-@dataclass
-class _Tracked:
-    """A request and what the core remembers about it."""
-
-    request: Request
-    needs: RowNeeds
-    bad_words: tuple[tuple[int, ...], ...]
-    stop_ids: frozenset[int]
-    submitted_ns: int
-    queue_ns: int | None = None  # once admitted; 0 once told
-    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """Prompt logprobs of one request under way: `count` positions from prompt position `first`."""
-
-    request: Request
-    first: int
-    count: int
-    result: TokenLogprobs
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    """A dispatched step whose tokens the host has not read."""
-
-    chunks: tuple[Chunk, ...]
-    sampled: Sampled | None
-    logprobs: TokenLogprobs | None  # of the sampled rows
-    scores: tuple[_Scores, ...]
 
 
 class EngineCore:
@@ -77,8 +45,8 @@ class EngineCore:
         self._eos_ids = eos_ids
         self._depth = depth
         self._vocab = runner.programs.model.vocab_size
-        self._tracked: dict[str, _Tracked] = {}
-        self._pending: deque[_InFlight] = deque()
+        self._tracked: dict[str, Tracked] = {}
+        self._pending: deque[InFlight] = deque()
         self._num_arrived = 0
         # Kept across a failure in the middle of a step: these tokens were read and stand.
         self._outputs: list[StepOutput] = []
@@ -106,7 +74,7 @@ class EngineCore:
         if not s.params.ignore_eos:
             stop_ids |= self._eos_ids
         needs = row_needs(request, s.bad_words, self._vocab)
-        tracked = _Tracked(request, needs, s.bad_words, stop_ids, s.submitted_ns)
+        tracked = Tracked(request, needs, s.bad_words, stop_ids, s.submitted_ns)
         self.scheduler.add(request)  # last: whatever raises, a request is known to both or to none
         self._tracked[s.request_id] = tracked
 
@@ -177,7 +145,7 @@ class EngineCore:
             sampled.token_and_flag.copy_to_host_async()
             if any(t.needs.logprobs for t in sampling):
                 logprobs = self.runner.score(hidden.rows, 0, sampled.token)
-        self._pending.append(_InFlight(plan.chunks, sampled, logprobs, scores))
+        self._pending.append(InFlight(plan.chunks, sampled, logprobs, scores))
 
     def _write_rows(self, plan: StepPlan) -> None:
         """Write the device rows of admitted requests, in full."""
@@ -191,12 +159,14 @@ class EngineCore:
             tracked = self._tracked[request.request_id]
             if tracked.queue_ns is None:
                 tracked.queue_ns = now_ns - tracked.submitted_ns
-            row = pack_row(request, first_by_slot[request.slot], self._vocab)
-            if tracked.needs.tables:
-                tables = pack_tables(request, tracked.bad_words, tracked.stop_ids, self._vocab)
-                self.runner.update_rows(row[None], tables)
-            else:
+            try:
+                row, tables = self._pack(tracked, first_by_slot[request.slot])
+            except Exception as error:
+                raise RowFault(request, error) from error
+            if tables is None:
                 narrow.append(row)
+            else:
+                self.runner.update_rows(row[None], tables)
         for at in range(0, len(narrow), ROWS_PER_UPDATE):
             packed = np.zeros((ROWS_PER_UPDATE, rows.NUM_COLUMNS), np.int32)
             packed[:, 0] = self.runner.buckets.slots  # padding rows are dropped
@@ -204,7 +174,15 @@ class EngineCore:
             packed[: len(some)] = some
             self.runner.update_rows(packed)
 
-    def _score(self, plan: StepPlan, step: PackedStep, hidden: Hidden) -> list[_Scores]:
+    def _pack(self, tracked: Tracked, first: int) -> tuple[np.ndarray, rows.RowTables | None]:
+        """The device row of a request, and its tables if it needs any."""
+        request = tracked.request
+        row = pack_row(request, first, self._vocab)
+        if not tracked.needs.tables:
+            return row, None
+        return row, pack_tables(request, tracked.bad_words, tracked.stop_ids, self._vocab)
+
+    def _score(self, plan: StepPlan, step: PackedStep, hidden: Hidden) -> list[Scores]:
         """Dispatch the prompt logprobs that this step's hidden states give."""
         scores = []
         for chunk, first_token in zip(plan.chunks, step.first_token, strict=True):
@@ -221,7 +199,7 @@ class EngineCore:
                 result = self.runner.score(
                     hidden.tokens, first_token + first - chunk.first, targets
                 )
-                scores.append(_Scores(request, first, count, result))
+                scores.append(Scores(request, first, count, result))
         return scores
 
     def _step_mask(self, plan: StepPlan, hidden: Hidden) -> np.ndarray | None:
@@ -242,7 +220,7 @@ class EngineCore:
 
     # Reading
 
-    def _read(self, flight: _InFlight) -> None:
+    def _read(self, flight: InFlight) -> None:
         # All waiting first, so that its time can be told from that of the host's own work.
         prompt_logprobs = [_on_host(scores.result) for scores in flight.scores]
         tokens, flags = [], []
@@ -251,20 +229,26 @@ class EngineCore:
         logprobs = None if flight.logprobs is None else _on_host(flight.logprobs)
         self.metrics.device_ns += self._lap_ns()
         for scores, result in zip(flight.scores, prompt_logprobs, strict=True):
-            self._keep_scores(scores, result)
+            try:
+                self._keep_scores(scores, result)
+            except Exception as error:
+                self._end_alone(scores.request, error)
         for row, chunk in enumerate(flight.chunks):
             request = chunk.request
             if not chunk.samples or request.finish_reason is not None:
                 continue  # a prompt in progress, or the extra token of a request that has ended
             tracked = self._tracked[request.request_id]
-            if flags[row]:
-                self._end(tracked, FinishReason.ERROR, "the logits were not finite")
-            else:
-                self._on_token(tracked, tokens[row], logprobs, row)
+            try:
+                if flags[row]:
+                    self._end(tracked, FinishReason.ERROR, "the logits were not finite")
+                else:
+                    self._on_token(tracked, tokens[row], logprobs, row)
+            except Exception as error:
+                self._end_alone(request, error)
         self.metrics.emit_ns += self._lap_ns()
 
     def _on_token(
-        self, tracked: _Tracked, token_id: int, logprobs: TokenLogprobs | None, row: int
+        self, tracked: Tracked, token_id: int, logprobs: TokenLogprobs | None, row: int
     ) -> None:
         request, params = tracked.request, tracked.request.params
         self.scheduler.on_token(request, token_id)
@@ -317,7 +301,7 @@ class EngineCore:
         chosen, rank = float(result.chosen[row]), int(result.rank[row])
         return PositionLogprobs(token_id, chosen, rank, top_ids, top)
 
-    def _keep_scores(self, scores: _Scores, result: TokenLogprobs) -> None:
+    def _keep_scores(self, scores: Scores, result: TokenLogprobs) -> None:
         """result: that of the scores, on the host."""
         if scores.request.finish_reason is not None:
             return
@@ -330,7 +314,7 @@ class EngineCore:
             position = self._position(result, row, targets[row], wanted)
             tracked.prompt_logprobs.append(position)
 
-    def _end(self, tracked: _Tracked, reason: FinishReason, why: str) -> None:
+    def _end(self, tracked: Tracked, reason: FinishReason, why: str) -> None:
         request = tracked.request
         logger.error("request %s ended: %s", request.request_id, why)
         self.scheduler.finish(request, reason, why)
@@ -345,13 +329,25 @@ class EngineCore:
             )
         )
 
+    def _end_alone(self, request: Request, error: Exception) -> None:
+        """The border of a row: whatever one shows to be broken, its neighbours go on."""
+        logger.error("the row of request %s failed", request.request_id, exc_info=error)
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None and tracked.request is request and request.finish_reason is None:
+            why = f"the engine failed to handle the request: {error}"
+            self._end(tracked, FinishReason.ERROR, why)
+
     def _recover(self, error: Exception) -> None:
         """The donated arrays of a failed step are lost: start over, and end who failed before."""
         self.metrics.num_failed_steps += 1
         logger.error("a step failed and its requests are recomputed", exc_info=error)
         self._pending.clear()
+        culprit = error.request if isinstance(error, RowFault) else None
         for request in self.scheduler.recompute_all():
-            request.num_failures += 1
+            if request is culprit:
+                request.num_failures = _MAX_FAILURES
+            elif culprit is None:
+                request.num_failures += 1
             tracked = self._tracked[request.request_id]
             tracked.prompt_logprobs.clear()
             if request.num_failures >= _MAX_FAILURES:
@@ -364,7 +360,7 @@ def _on_host(result: TokenLogprobs) -> TokenLogprobs:
     return TokenLogprobs(*(np.asarray(a) for a in result))
 
 
-def _variant(sampling: list[_Tracked]) -> Variant:
+def _variant(sampling: list[Tracked]) -> Variant:
     if all(t.needs.is_plain_greedy for t in sampling):
         return Variant.GREEDY
     return Variant.GENERAL

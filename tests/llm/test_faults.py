@@ -123,3 +123,33 @@ def test_abandoned_stream_frees_its_pages(llm: LLM) -> None:
     assert not core.scheduler.has_work
     assert core.scheduler.pool.num_free == core.runner.num_pages - 1
     core.scheduler.audit()
+
+
+@pytest.mark.parametrize("failing", ["_pack", "_on_token", "_keep_scores"])
+def test_exception_of_one_row_ends_that_request_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Each of its neighbours was recomputed, and ended with it when its row failed again."""
+    expected = tokens(llm)
+    core = llm._engine.core
+    real = getattr(core, failing)
+    bad = [11, 12, 13]
+
+    def fail_for_one(of: Any, *given: Any) -> Any:
+        if of.request.prompt_token_ids == bad:
+            raise ZeroDivisionError("a fault of ours")
+        return real(of, *given)
+
+    monkeypatch.setattr(core, failing, fail_for_one)
+    wanting = dataclasses.replace(GREEDY, prompt_logprobs=1)
+    params = [GREEDY, wanting, *[GREEDY] * (len(PROMPTS) - 1), wanting]
+    outputs = llm.generate([PROMPTS[0], bad, *PROMPTS[1:], bad], params, use_tqdm=False)
+    answers = [o.outputs[0] for o in outputs]
+    for answer in (answers[1], answers[-1]):
+        assert answer.finish_reason == "error"
+        assert str(answer.stop_reason).endswith("a fault of ours")
+    assert [a.token_ids for a in (answers[0], *answers[2:-1])] == expected
+    monkeypatch.undo()
+    assert tokens(llm) == expected
+    assert core.scheduler.pool.num_free == core.scheduler.pool.num_usable
+    core.scheduler.audit()
