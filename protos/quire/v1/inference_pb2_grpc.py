@@ -124,7 +124,7 @@ class InferenceServicer(object):
 
     def Session(self, request_iterator, context):
         """Many requests over one stream, for front ends: the outputs that one engine step brings all of
-        them arrive in one message.
+        them arrive in one message. What is wrong with a request is its last event, and ends no other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
