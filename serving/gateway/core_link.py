@@ -23,6 +23,7 @@ from ...engine.request import FinishReason
 from ..core_client.client import CoreClient, CoreStream
 from .metrics import GatewayMetrics
 from .open_request import Choice, OpenRequest
+from .statuses import internal_error
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +116,7 @@ class CoreLink:
                 self._on_output(choice, output, now)
             except Exception as error:
                 # The border of a request: whatever one shows to be broken, the others go on.
-                logger.exception("request %s failed", choice.request.terms.request_id)
-                self.fail(choice.request, QuireError(f"the answer could not be read: {error}"))
+                self.fail(choice.request, internal_error(error))
             if number % _BREATH == 0:
                 await asyncio.sleep(0)
 

@@ -21,7 +21,10 @@ from .prepare import AnyRequest, Served, check_envelope, prepare, text_size
 from .registry import Registry
 from .waiting import Waiting
 
+# Long texts have a thread of their own: they keep neither the short ones waiting, nor more than one
+# at a time in memory, which is many times their size while they are encoded.
 _NUM_THREADS = 2
+_LONG_CHARACTERS = 256 << 10
 # A guess, until a prompt is encoded.
 _CHARACTERS_PER_TOKEN = 4
 _STARTING_RETRY_S = 1.0
@@ -45,6 +48,7 @@ class Intake:
         self._metrics = metrics
         self._numbers = itertools.count(1)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prepare")
+        self._thread_of_long = ThreadPoolExecutor(1, thread_name_prefix="prepare-long")
         self.served: Served | None = None  # once the model's files are read and the core was there
         self.is_draining = False
 
@@ -59,9 +63,10 @@ class Intake:
             )
         return self.served
 
-    async def on_thread[*A, R](self, function: Callable[[*A], R], *given: *A) -> R:
-        """For work on texts, which takes as long as the texts are."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *given)
+    async def on_thread[*A, R](self, size: int, function: Callable[[*A], R], *given: *A) -> R:
+        """For work on texts of so many characters or ids, which takes as long as they are."""
+        threads = self._threads if size <= _LONG_CHARACTERS else self._thread_of_long
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *given)
 
     async def open(self, message: AnyRequest, caller: Caller, sink: Sink) -> OpenRequest:
         """A request under way. Raises QuireError; cancelled, it leaves nothing behind."""
@@ -79,14 +84,15 @@ class Intake:
         served = self.require_served()
         check_envelope(message, served)
         num_choices = min(max(1, message.sampling_params.n), MAX_N)
-        num_tokens = 1 + text_size(message) // _CHARACTERS_PER_TOKEN
+        size = text_size(message)
+        num_tokens = 1 + size // _CHARACTERS_PER_TOKEN
         place = self._waiting.enter(num_choices, num_choices * num_tokens)
         number = next(self._numbers)
         request_id = message.request_id or f"quire-{secrets.token_hex(8)}"
         try:
             self._registry.reserve(caller.tenant, request_id)
             try:
-                text = await self.on_thread(prepare, message, served)
+                text = await self.on_thread(size, prepare, message, served)
                 self._waiting.correct(place, num_choices * len(text.prompt_token_ids))
                 given = text.params.seed
                 terms = Terms(
@@ -106,8 +112,9 @@ class Intake:
         except BaseException:
             place.leave()
             raise
-        self._registry.add(request)
         self._metrics.num_prompt_tokens += len(text.prompt_token_ids)
+        if not self._registry.add(request):
+            self._link.finish(request, FinishReason.ABORT)
         return request
 
     def cancel(self, request: OpenRequest) -> None:
@@ -116,11 +123,12 @@ class Intake:
 
     def abort(self, caller: Caller, request_ids: Iterable[str]) -> None:
         """End requests of this caller with FinishReason.ABORT."""
-        for request in self._registry.find(caller.tenant, request_ids):
+        for request in self._registry.abort(caller.tenant, request_ids):
             self._link.finish(request, FinishReason.ABORT)
 
     def note_unauthenticated(self) -> None:
         self._metrics.rejected_by_reason["unauthenticated"] += 1
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._thread_of_long):
+            threads.shutdown(wait=False, cancel_futures=True)

@@ -130,5 +130,8 @@ class Lane:
             f"more than {MAX_WAITING_BYTES >> 10} KiB of the answer were not read; read faster, or "
             "ask for less"
         )
-        # Not at once: whoever brings this piece is not done with the request.
-        asyncio.get_running_loop().call_soon(self._on_slow, request, error)
+        if request.is_done:
+            self.refuse(error)
+        else:
+            # Not at once: whoever brings this piece is not done with the request.
+            asyncio.get_running_loop().call_soon(self._on_slow, request, error)

@@ -21,6 +21,7 @@ class Registry:
         self._logs_requests = logs_requests
         self._max_log_len = max_log_len
         self._open: dict[_Key, OpenRequest | None] = {}  # None while it is prepared
+        self._aborted: set[_Key] = set()  # of those
 
     @property
     def num_open(self) -> int:
@@ -40,16 +41,25 @@ class Registry:
     def release(self, tenant: bytes, request_id: str) -> None:
         """Of a request that was reserved and not opened."""
         del self._open[tenant, request_id]
+        self._aborted.discard((tenant, request_id))
         self._metrics.num_open -= 1
 
-    def add(self, request: OpenRequest) -> None:
-        """Of a reserved id."""
-        self._open[request.terms.tenant, request.terms.request_id] = request
+    def add(self, request: OpenRequest) -> bool:
+        """Of a reserved id. False if it was aborted meanwhile."""
+        key = request.terms.tenant, request.terms.request_id
+        self._open[key] = request
+        return key not in self._aborted
 
-    def find(self, tenant: bytes, request_ids: Iterable[str]) -> list[OpenRequest]:
-        """Those that are open; others may just have ended."""
-        found = (self._open.get((tenant, request_id)) for request_id in request_ids)
-        return [request for request in found if request is not None]
+    def abort(self, tenant: bytes, request_ids: Iterable[str]) -> list[OpenRequest]:
+        """Those that are open and are to be ended now. Unknown ids may just have ended."""
+        found = []
+        for request_id in request_ids:
+            request = self._open.get((tenant, request_id))
+            if request is not None:
+                found.append(request)
+            elif (tenant, request_id) in self._open:
+                self._aborted.add((tenant, request_id))
+        return found
 
     def on_ended(self, request: OpenRequest) -> None:
         """Once for each request that was added."""

@@ -5,7 +5,6 @@ intake's and the link's.
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -19,11 +18,9 @@ from .intake import Intake
 from .metrics import GatewayMetrics
 from .open_request import OpenRequest
 from .outbox import Lane, Outbox
-from .prepare import AnyRequest, detokenize, tokenize
+from .prepare import AnyRequest, detokenize, text_size, tokenize
 from .session import Session, write_all
-from .statuses import abort
-
-logger = logging.getLogger(__name__)
+from .statuses import abort, internal_error
 
 Fail = Callable[[OpenRequest, QuireError], None]
 
@@ -93,7 +90,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.TokenizeResponse:
         async def made() -> inference_pb2.TokenizeResponse:
             served = self._intake.require_served()
-            token_ids = await self._intake.on_thread(tokenize, request, served)
+            size = len(request.text) + text_size(request.chat)
+            token_ids = await self._intake.on_thread(size, tokenize, request, served)
             return inference_pb2.TokenizeResponse(
                 token_ids=token_ids, max_model_len=served.limits.max_model_len
             )
@@ -105,7 +103,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         async def made() -> inference_pb2.DetokenizeResponse:
             served = self._intake.require_served()
-            text = await self._intake.on_thread(detokenize, request, served)
+            size = len(request.token_ids)
+            text = await self._intake.on_thread(size, detokenize, request, served)
             return inference_pb2.DetokenizeResponse(text=text)
 
         return await _or_abort(made(), context)
@@ -186,3 +185,6 @@ async def _or_abort[R](made: Awaitable[R], context: Any) -> R:
         return await made
     except QuireError as error:
         await abort(context, error)
+    except Exception as error:
+        # The border of a call. gRPC itself would tell the caller what was raised.
+        await abort(context, internal_error(error))

@@ -4,7 +4,6 @@ A message of its client concerns one id; whatever is wrong with it, the others g
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,7 @@ from .callers import Caller, Callers
 from .intake import Intake
 from .open_request import OpenRequest
 from .outbox import Lane, Outbox
-
-logger = logging.getLogger(__name__)
+from .statuses import internal_error
 
 
 @dataclass
@@ -112,10 +110,11 @@ class Session:
             self._end(session_id, error)
         except Exception as error:
             # The border of a request: whatever one shows to be broken, the others go on.
-            logger.exception("a request could not be opened")
-            self._end(session_id, QuireError(f"the server failed to open the request: {error}"))
+            self._end(session_id, internal_error(error))
         else:
-            self._entries[session_id].request = request
+            entry = self._entries.get(session_id)
+            if entry is not None:  # it may have been aborted while it was prepared
+                entry.request = request
 
     def _end(self, session_id: int, error: QuireError) -> None:
         """Of an id that has no open request."""

@@ -3,6 +3,7 @@
 Details are google.rpc's: BadRequest names the field, RetryInfo says when to try again.
 """
 
+import logging
 from typing import Any, NoReturn
 
 import grpc
@@ -22,6 +23,8 @@ from ...engine.errors import (
     UsageError,
 )
 from ...protos.quire.v1 import inference_pb2
+
+logger = logging.getLogger(__name__)
 
 # The first class that fits decides.
 _CODE_BY_ERROR: tuple[tuple[type[QuireError], grpc.StatusCode], ...] = (
@@ -79,6 +82,12 @@ def session_error(error: QuireError) -> inference_pb2.SessionError:
         field=field_of(error),
         retry_after_ns=round((retry_after_s(error) or 0) * 1e9),
     )
+
+
+def internal_error(error: Exception) -> QuireError:
+    """For what nobody foresaw: the log has it, the caller gets no word of it."""
+    logger.error("a request failed", exc_info=error)
+    return QuireError("the server failed at this request, and at no other; its log says why")
 
 
 async def abort(context: Any, error: QuireError) -> NoReturn:
