@@ -62,6 +62,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, requests: AsyncIterator[inference_pb2.SessionRequest], context: Any
     ) -> None:
         session = Session(self._intake, self._callers, self._caller(context), self._fail)
+        await context.send_initial_metadata(())  # so that the client knows that it is taken
         self._sessions.add(session)
         reading = asyncio.create_task(session.read(requests))
         try:

@@ -1,0 +1,213 @@
+"""The shim's line to an engine: every request over one Session, and the rpcs beside it.
+
+Knows gRPC and ids; which HTTP request an answer belongs to is its caller's. Everything here runs on
+one asyncio loop.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ...engine.errors import EngineUnavailable
+from ...protos.quire.v1 import inference_pb2 as pb
+from ...protos.quire.v1 import inference_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+AnyRequest = pb.GenerateRequest | pb.ChatRequest
+
+# Answers are as long as they were asked for. An engine that comes back is found at once.
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 30_000),
+)
+_SERVICE = "quire.v1.Inference"
+_RECONNECT_S = 0.1
+_CALL_TIMEOUT_S = 30.0
+_UNAVAILABLE: int = grpc.StatusCode.UNAVAILABLE.value[0]
+
+
+@dataclass(frozen=True)
+class EngineAddress:
+    """target: host:port or unix:path. key: of this shim. ca: PEM of the authorities, for TLS."""
+
+    target: str
+    key: str | None = None
+    ca: Path | None = None
+
+
+class Answers:
+    """The requests of one caller, and one reader of all their events. Close it in any case."""
+
+    def __init__(self, engine: "Engine", bearer_key: str | None) -> None:
+        self._engine = engine
+        self._key = bearer_key
+        self._index_by_id: dict[int, int] = {}
+        self._events: list[tuple[int, pb.SessionEvent]] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._num_ended = 0
+
+    @property
+    def num_open(self) -> int:
+        """Requests whose last event has not been put in."""
+        return len(self._index_by_id) - self._num_ended
+
+    def submit(self, request: AnyRequest) -> None:
+        """Start one more request. Raises EngineUnavailable."""
+        session_id = self._engine._submit(request, self._key, self)
+        self._index_by_id[session_id] = len(self._index_by_id)
+
+    async def take(self) -> list[tuple[int, pb.SessionEvent]]:
+        """What has come since the last call, at least one event, each with the number of its
+        request in the order of submit().
+        """
+        if not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        taken, self._events = self._events, []
+        return taken
+
+    def close(self) -> None:
+        """End what has not ended."""
+        self._engine._cancel(self._index_by_id)
+
+    def _put(self, event: pb.SessionEvent, *, is_last: bool) -> None:
+        self._num_ended += is_last
+        self._events.append((self._index_by_id[event.id], event))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Engine:
+    """Make it where an asyncio loop runs; run() is to be a task for as long as it is used."""
+
+    def __init__(self, address: EngineAddress) -> None:
+        options = _CHANNEL_OPTIONS
+        if address.ca is None:
+            self._channel = grpc.aio.insecure_channel(address.target, options=options)
+        else:
+            credentials = grpc.ssl_channel_credentials(address.ca.read_bytes())
+            self._channel = grpc.aio.secure_channel(address.target, credentials, options=options)
+        self.stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        self._key = address.key
+        self._ids = itertools.count(1)
+        self._answers: dict[int, Answers] = {}
+        self._outgoing: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
+        self._is_connected = False
+
+    async def run(self) -> None:
+        """Keep a Session open across restarts of the engine, until cancelled."""
+        while True:
+            try:
+                await self._follow()
+                why = "the engine ended the stream of requests"
+            except grpc.aio.AioRpcError as error:
+                why = f"{error.code().name}: {error.details()}"
+            self._lose(why)
+            await asyncio.sleep(_RECONNECT_S)
+
+    def open(self, bearer_key: str | None) -> Answers:
+        """For requests in the name of whoever has the key."""
+        return Answers(self, bearer_key)
+
+    async def call(self, rpc: Any, request: Any, bearer_key: str | None) -> Any:
+        """The answer of a unary rpc of `stub`, in the name of whoever has the key.
+
+        Raises grpc.aio.AioRpcError.
+        """
+        metadata = _metadata(bearer_key)
+        return await rpc(request, metadata=metadata, timeout=_CALL_TIMEOUT_S)
+
+    async def is_serving(self, timeout_s: float) -> bool:
+        """What the engine's health says."""
+        request = health_pb2.HealthCheckRequest(service=_SERVICE)
+        try:
+            answer = await self._health.Check(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    # Inside
+
+    def _submit(self, request: AnyRequest, bearer_key: str | None, answers: Answers) -> int:
+        if not self._is_connected:
+            raise EngineUnavailable(
+                "the engine is not there; try again in a second", retry_after_s=1.0
+            )
+        session_id = next(self._ids)
+        self._answers[session_id] = answers
+        submit = pb.SessionSubmit(id=session_id, bearer_key=bearer_key or "")
+        if isinstance(request, pb.ChatRequest):
+            submit.chat.CopyFrom(request)
+        else:
+            submit.generate.CopyFrom(request)
+        self._outgoing.put_nowait(pb.SessionRequest(submit=submit))
+        return session_id
+
+    async def _follow(self) -> None:
+        """One Session, from its start to its end."""
+        outgoing: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
+        self._outgoing = outgoing
+        call = self.stub.Session(metadata=_metadata(self._key))
+        await call.initial_metadata()  # sent once the engine has taken the call
+        self._is_connected = True
+        writing = asyncio.create_task(_write(call, outgoing))
+        try:
+            async for message in call:
+                for event in message.events:
+                    self._on_event(event)
+        finally:
+            self._is_connected = False
+            writing.cancel()
+            call.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+
+    def _on_event(self, event: pb.SessionEvent) -> None:
+        answers = self._answers.get(event.id)
+        if answers is None:
+            return  # of a request that was closed
+        delta = event.delta
+        is_last = event.HasField("error") or (delta.finish_reason and delta.HasField("summary"))
+        if is_last:
+            del self._answers[event.id]
+        answers._put(event, is_last=bool(is_last))
+
+    def _lose(self, why: str) -> None:
+        if self._answers:
+            logger.warning("the engine was lost: %s", why)
+        for session_id in list(self._answers):
+            error = pb.SessionError(code=_UNAVAILABLE, message=f"the engine was lost: {why}")
+            self._on_event(pb.SessionEvent(id=session_id, error=error))
+
+    def _cancel(self, session_ids: Iterable[int]) -> None:
+        for session_id in session_ids:
+            if self._answers.pop(session_id, None) is not None:
+                cancel = pb.SessionCancel(id=session_id)
+                self._outgoing.put_nowait(pb.SessionRequest(cancel=cancel))
+
+
+async def _write(call: Any, outgoing: asyncio.Queue[pb.SessionRequest]) -> None:
+    while True:  # until cancelled, with the call
+        await call.write(await outgoing.get())
+
+
+def _metadata(key: str | None) -> tuple[tuple[str, str], ...]:
+    return () if key is None else (("authorization", f"Bearer {key}"),)

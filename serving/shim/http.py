@@ -1,0 +1,142 @@
+"""Requests and responses over ASGI, as much as the dialects need: bodies that are read with limits,
+JSON answers, server-sent events, and the end of work whose client has gone.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+import orjson
+
+from ...engine.errors import RequestError
+from ..strict_json import read_object
+from .openai.errors import HttpError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+MAX_BODY_BYTES = 32 << 20
+# From the head of a request to the end of its body.
+BODY_TIMEOUT_S = 60.0
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The value of a header that stands once; None if it is missing. Raises HttpError."""
+    values = [value for key, value in scope["headers"] if key == name]
+    if len(values) > 1:
+        raise HttpError.bad_request(f"the header {name.decode()} stands twice; send it once")
+    return values[0].decode("latin-1") if values else None
+
+
+async def read_json_object(scope: Scope, receive: Receive) -> dict[str, Any]:
+    """The body, which must be one JSON object. Raises HttpError, ClientGone."""
+    kind = (header(scope, b"content-type") or "application/json").partition(";")[0].strip()
+    if kind.lower() != "application/json":
+        raise HttpError(
+            415,
+            f"the content type {kind!r:.80} is not understood; send application/json",
+            type="invalid_request_error",
+        )
+    if header(scope, b"content-encoding") not in (None, "identity"):
+        raise HttpError(
+            415,
+            "compressed bodies are not read; send it as it is",
+            type="invalid_request_error",
+        )
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await _read_body(receive)
+    except TimeoutError:
+        raise HttpError(
+            408,
+            f"the body did not come within {BODY_TIMEOUT_S:g} s",
+            type="invalid_request_error",
+        ) from None
+    try:
+        return read_object(body, "the body")
+    except RequestError as error:
+        raise HttpError.bad_request(str(error), code="invalid_json") from error
+
+
+async def _read_body(receive: Receive) -> bytes:
+    parts, num_bytes = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        num_bytes += len(parts[-1])
+        if num_bytes > MAX_BODY_BYTES:
+            raise HttpError(
+                413,
+                f"the body has more than {MAX_BODY_BYTES >> 20} MiB; send less",
+                type="invalid_request_error",
+            )
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def send_json(
+    send: Send, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> None:
+    await send_bytes(send, orjson.dumps(payload), "application/json", status, headers)
+
+
+async def send_bytes(
+    send: Send,
+    body: bytes,
+    content_type: str,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    named = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
+    await send({"type": "http.response.start", "status": status, "headers": encoded(named)})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_events(send: Send, events: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
+    """Server-sent events as they come. Nothing is sent before the first one is there, so what goes
+    wrong before is still a status of its own.
+    """
+    first = await anext(events)
+    named = {
+        "content-type": "text/event-stream; charset=utf-8",
+        "cache-control": "no-cache",
+        "x-accel-buffering": "no",  # a proxy that gathers them would undo the streaming
+        **headers,
+    }
+    await send({"type": "http.response.start", "status": 200, "headers": encoded(named)})
+    await send({"type": "http.response.body", "body": first, "more_body": True})
+    async for body in events:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def unless_client_goes(receive: Receive, work: Awaitable[None]) -> None:
+    """Do the work; cancel it when the client disconnects, and raise ClientGone then."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    watching = asyncio.create_task(gone())
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        await working
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+def encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]

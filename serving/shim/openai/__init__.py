@@ -1,0 +1,1 @@
+"""OpenAI's dialect, with the extensions that vLLM's clients send."""

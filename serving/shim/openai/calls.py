@@ -1,0 +1,219 @@
+"""One call of /v1/chat/completions or /v1/completions, from its requests to its answer.
+
+Knows deltas of the engine and OpenAI's shapes; sockets, keys and limits are others'.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ....protos.quire.v1 import inference_pb2 as pb
+from ..engine import Answers
+from . import answers as shapes
+from .answers import DONE, Head, JsonObject, Splicer, event
+from .errors import HttpError
+from .requests import ChatBody, CompletionBody
+
+_FAILED = pb.FINISH_REASON_ERROR
+
+
+@dataclass
+class Wants:
+    """What the body asks of the answer's shape."""
+
+    num_choices: int = 1  # of each prompt
+    has_logprobs: bool = False
+    num_top: int = 0
+    as_ids: bool = False
+    token_ids: bool = False
+    usage: bool = False
+    running_usage: bool = False
+    prompt_texts: list[str] | None = None  # to be echoed
+
+    @classmethod
+    def of(cls, body: ChatBody | CompletionBody) -> "Wants":
+        options = body.stream_options
+        is_chat = isinstance(body, ChatBody)
+        top = body.top_logprobs if isinstance(body, ChatBody) else body.logprobs
+        wants_usage = bool(options and options.include_usage)
+        return cls(
+            num_choices=body.n or 1,
+            has_logprobs=bool(body.logprobs) if is_chat else body.logprobs is not None,
+            num_top=top or 0,
+            as_ids=bool(body.return_tokens_as_token_ids),
+            token_ids=bool(body.return_token_ids),
+            usage=wants_usage,
+            running_usage=wants_usage and bool(options and options.continuous_usage_stats),
+        )
+
+
+@dataclass
+class _Choice:
+    """One answer so far."""
+
+    index: int
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[pb.PositionLogprobs] = field(default_factory=list)
+    last: pb.GenerateDelta | None = None
+    num_characters: int = 0
+    splicer: Splicer | None = None
+    has_begun: bool = False
+
+
+class Call:
+    """The answer to all requests of one call, whole or streamed."""
+
+    def __init__(self, head: Head, wants: Wants, answers: Answers) -> None:
+        self._head = head
+        self._wants = wants
+        self._answers = answers
+        self._choices: dict[int, _Choice] = {}
+        self._summaries: dict[int, pb.Summary] = {}
+        self._prompt_logprobs: dict[int, Any] = {}
+
+    # Whole
+
+    async def whole(self) -> JsonObject:
+        """The body of the answer. Raises HttpError."""
+        while self._answers.num_open:
+            for number, one in await self._answers.take():
+                choice = self._choice_of(number, one)
+                self._note(number, choice, one.delta)
+                choice.texts.append(one.delta.text)
+                choice.token_ids += one.delta.token_ids
+                choice.positions += one.delta.logprobs
+        choices = [self._whole_choice(c) for _, c in sorted(self._choices.items())]
+        payload = self._head.whole() | {
+            "choices": choices,
+            "usage": shapes.usage(list(self._summaries.values())),
+        }
+        if self._head.shape.is_chat and self._prompt_logprobs:
+            payload["prompt_logprobs"] = self._prompt_logprobs[0]
+        return payload
+
+    def _whole_choice(self, choice: _Choice) -> JsonObject:
+        assert choice.last is not None
+        text = "".join(choice.texts)
+        logprobs = None
+        if self._wants.has_logprobs:
+            logprobs = self._logprobs(choice.positions, 0)
+        made: JsonObject = {"index": choice.index}
+        if self._head.shape.is_chat:
+            made["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            made["text"] = text
+            number = choice.index // self._wants.num_choices
+            if number in self._prompt_logprobs:
+                made["prompt_logprobs"] = self._prompt_logprobs[number]
+        made |= self._ending(choice.last, logprobs)
+        if self._wants.token_ids:
+            made["token_ids"] = choice.token_ids
+        return made
+
+    # Streamed
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events, those that come together in one piece. Raises HttpError before the
+        first one; later, what went wrong is an event.
+        """
+        has_begun = False
+        try:
+            while self._answers.num_open:
+                events = await self._answers.take()
+                body = b"".join([self._chunks(number, one) for number, one in events])
+                if body:
+                    has_begun = True
+                    yield body
+        except HttpError as error:
+            if not has_begun:
+                raise
+            yield event(error.body) + DONE
+            return
+        end = DONE
+        if self._wants.usage:
+            usage = shapes.usage(list(self._summaries.values()))
+            end = event(self._head.chunk() | {"choices": [], "usage": usage}) + DONE
+        yield end
+
+    def _chunks(self, number: int, one: pb.SessionEvent) -> bytes:
+        choice = self._choice_of(number, one)
+        delta = one.delta
+        made = b""
+        if not choice.has_begun:
+            choice.has_begun = True
+            choice.splicer = Splicer(self._head, choice.index, has_usage=self._wants.usage)
+            if self._head.shape.is_chat:
+                made = self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
+        if self._is_plain(delta):
+            assert choice.splicer is not None
+            return made + choice.splicer.chunk(delta.text)
+        choice.token_ids += delta.token_ids
+        if delta.text or delta.logprobs or (self._wants.token_ids and delta.token_ids):
+            made += self._text_chunk(choice, delta)
+        self._note(number, choice, delta)
+        if delta.finish_reason:
+            said: JsonObject = {"delta": {}} if self._head.shape.is_chat else {"text": ""}
+            made += self._chunk(choice, said | self._ending(delta, None))
+        return made
+
+    def _is_plain(self, delta: pb.GenerateDelta) -> bool:
+        """A text, and nothing else that is to be shown."""
+        if not delta.text or delta.finish_reason or self._wants.has_logprobs:
+            return False
+        return not (self._wants.token_ids or self._wants.running_usage) and not delta.HasField(
+            "prompt_logprobs"
+        )
+
+    def _text_chunk(self, choice: _Choice, delta: pb.GenerateDelta) -> bytes:
+        is_chat = self._head.shape.is_chat
+        said: JsonObject = {"delta": {"content": delta.text}} if is_chat else {"text": delta.text}
+        if self._wants.has_logprobs:
+            said["logprobs"] = self._logprobs(delta.logprobs, choice.num_characters)
+        choice.num_characters += len(delta.text)
+        if self._wants.token_ids:
+            said["token_ids"] = list(delta.token_ids)
+        return self._chunk(choice, said)
+
+    def _chunk(self, choice: _Choice, said: JsonObject) -> bytes:
+        ordinary: JsonObject = {"index": choice.index, "logprobs": None, "finish_reason": None}
+        payload = self._head.chunk() | {"choices": [ordinary | said]}
+        if self._wants.usage:
+            payload["usage"] = None
+        if self._wants.running_usage:
+            output = sum(len(c.token_ids) for c in self._choices.values())
+            payload["usage"] = {"completion_tokens": output}
+        return event(payload)
+
+    # Both
+
+    def _choice_of(self, number: int, one: pb.SessionEvent) -> _Choice:
+        """Where an event belongs. Raises HttpError for one that is an error."""
+        if one.HasField("error"):
+            raise HttpError.of_session(one.error)
+        index = number * self._wants.num_choices + one.delta.index
+        return self._choices.setdefault(index, _Choice(index))
+
+    def _note(self, number: int, choice: _Choice, delta: pb.GenerateDelta) -> None:
+        if delta.finish_reason == _FAILED:
+            why = delta.stop_reason.text or "the engine failed at this request"
+            raise HttpError(500, why, type="server_error")
+        if delta.finish_reason:
+            choice.last = delta
+        if delta.HasField("summary"):
+            self._summaries[number] = delta.summary
+        if delta.HasField("prompt_logprobs"):
+            self._prompt_logprobs[number] = shapes.prompt_logprobs(delta.prompt_logprobs)
+
+    def _logprobs(self, positions: Any, offset: int) -> JsonObject:
+        wants = self._wants
+        if self._head.shape.is_chat:
+            return shapes.chat_logprobs(positions, wants.num_top, as_ids=wants.as_ids)
+        return shapes.completion_logprobs(positions, offset, as_ids=wants.as_ids)
+
+    def _ending(self, delta: pb.GenerateDelta, logprobs: JsonObject | None) -> JsonObject:
+        return {
+            "logprobs": logprobs,
+            "finish_reason": shapes.finish_reason(delta),
+            "stop_reason": shapes.stop_reason(delta),
+        }

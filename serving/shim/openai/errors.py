@@ -1,0 +1,101 @@
+"""Errors of the OpenAI dialect: the one table from gRPC codes to statuses, types and codes."""
+
+from typing import Any, Self
+
+import grpc
+
+from ....protos.quire.v1 import inference_pb2 as pb
+
+_BAD, _AUTH, _LIMIT, _SERVER = (
+    "invalid_request_error",
+    "authentication_error",
+    "rate_limit_error",
+    "server_error",
+)
+# gRPC code -> status, type, code
+_BY_CODE: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: (400, _BAD, "invalid_value"),
+    grpc.StatusCode.UNAUTHENTICATED: (401, _AUTH, "invalid_api_key"),
+    grpc.StatusCode.NOT_FOUND: (404, "not_found_error", "model_not_found"),
+    grpc.StatusCode.ALREADY_EXISTS: (409, _BAD, "duplicate_request_id"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (429, _LIMIT, "rate_limit_exceeded"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (504, _SERVER, "timeout"),
+    grpc.StatusCode.UNAVAILABLE: (503, _SERVER, "service_unavailable"),
+}
+_CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+_SAMPLING = "sampling_params."
+# Names of the .proto -> OpenAI's.
+_PARAMS = {
+    "text": "prompt",
+    "token_ids": "prompt",
+    "tools_json": "tools",
+    "chat_template_kwargs_json": "chat_template_kwargs",
+}
+
+
+class HttpError(Exception):
+    """An answer other than 200."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @classmethod
+    def bad_request(
+        cls, message: str, *, param: str | None = None, code: str | None = None
+    ) -> Self:
+        return cls(400, message, type=_BAD, param=param, code=code)
+
+    @classmethod
+    def of_session(cls, error: pb.SessionError) -> Self:
+        """What the engine said of one request."""
+        code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.INTERNAL)
+        return cls.of_code(code, error.message, error.field, error.retry_after_ns / 1e9 or None)
+
+    @classmethod
+    def of_code(
+        cls,
+        grpc_code: grpc.StatusCode,
+        message: str,
+        field: str = "",
+        retry_after_s: float | None = None,
+    ) -> Self:
+        status, kind, code = _BY_CODE.get(grpc_code, (500, _SERVER, None))
+        name = field.removeprefix(_SAMPLING)
+        param = _PARAMS.get(name, name) or None
+        if param == "prompt" and "context" in message:
+            code = "context_length_exceeded"
+        return cls(status, message, type=kind, param=param, code=code, retry_after_s=retry_after_s)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What clients read to know when to come again."""
+        if self.retry_after_s is None:
+            return {}
+        ms = max(1, round(self.retry_after_s * 1000))
+        return {"retry-after": str(-(-ms // 1000)), "retry-after-ms": str(ms)}

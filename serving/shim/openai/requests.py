@@ -1,0 +1,273 @@
+"""The bodies of /v1/chat/completions and /v1/completions, and the requests of quire.v1 they become.
+
+Types are checked here; ranges, ids and lengths are the engine's to check, once for all dialects.
+"""
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ....protos.quire.v1 import inference_pb2 as pb
+from .errors import HttpError
+
+_I64 = 2**63
+
+JsonObject = dict[str, Any]
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = Field(
+        None, description="a last chunk with the usage, and null in the others"
+    )
+    continuous_usage_stats: bool | None = Field(
+        None, description="with include_usage: the usage so far in every chunk"
+    )
+    include_obfuscation: bool | None = Field(None, description="without effect")
+
+
+class Sampling(BaseModel):
+    """Fields that both bodies have. Unset ones take the model's generation_config.json."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = Field(None, description="a served name; any if not given")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, description="most tokens of the answer")
+    temperature: float | None = Field(None, description="0 (greedy) to 2")
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="0 and -1 are off")
+    min_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
+    seed: int | None = Field(None, ge=-_I64, le=_I64 - 1)
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = None
+    request_id: str | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+
+class Message(BaseModel):
+    """One turn. Other fields, which SDKs send back, are passed over."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    role: str = Field(min_length=1)
+    content: str | list[JsonObject] | None = None
+    name: str | None = None
+    tool_calls: list[JsonObject] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, description="wins over max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: JsonObject | None = None
+
+
+class CompletionBody(Sampling):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+
+# Fields whose names and meanings are those of quire.v1.SamplingParams.
+_SCALARS = (
+    "n",
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "max_tokens",
+    "prompt_logprobs",
+    "skip_special_tokens",
+)
+_LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
+
+
+def chat_request(body: ChatBody) -> pb.ChatRequest:
+    """Raises HttpError."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise HttpError.bad_request(
+            "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
+        )
+    request = pb.ChatRequest(
+        messages=[_message(one, index) for index, one in enumerate(body.messages)],
+        continue_final_message=bool(body.continue_final_message),
+    )
+    if body.add_generation_prompt is not None:
+        request.add_generation_prompt = body.add_generation_prompt
+    if body.chat_template_kwargs:
+        request.chat_template_kwargs_json = json.dumps(body.chat_template_kwargs)
+    most = body.max_completion_tokens
+    if most is not None:
+        body = body.model_copy(update={"max_tokens": most})
+    params = request.sampling_params
+    _fill(params, body)
+    if body.logprobs:
+        _set(params, "logprobs", body.top_logprobs or 0)
+    _fill_envelope(request, body)
+    return request
+
+
+def completion_requests(body: CompletionBody) -> list[pb.GenerateRequest]:
+    """One for each prompt. Raises HttpError."""
+    requests = []
+    for prompt in prompts_of(body):
+        request = pb.GenerateRequest()
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            _extend(request.token_ids.ids, "prompt", prompt)
+        _fill(request.sampling_params, body)
+        if body.max_tokens is None:
+            request.sampling_params.max_tokens = 16  # OpenAI's default
+        if body.logprobs is not None:
+            _set(request.sampling_params, "logprobs", body.logprobs)
+        _fill_envelope(request, body)
+        requests.append(request)
+    return requests
+
+
+def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
+    """The prompts of the call: one, or those of a list."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise HttpError.bad_request("prompt is empty; send some text", param="prompt")
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return prompt
+
+
+def _fill_envelope(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
+    request.model = body.model or ""
+    request.request_id = body.request_id or ""
+    request.cache_salt = body.cache_salt or ""
+    _set(request, "priority", body.priority or 0)
+
+
+def _fill(params: pb.SamplingParams, body: Sampling) -> None:
+    for name in _SCALARS:
+        value = getattr(body, name)
+        if value is not None:
+            _set(params, name, value)
+    if body.top_k is not None:
+        _set(params, "top_k", 0 if body.top_k == -1 else body.top_k)
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    _extend(params.stop, "stop", stops)
+    for name in _LISTS:
+        _extend(getattr(params, name), name, getattr(body, name) or [])
+    for key, bias in (body.logit_bias or {}).items():
+        if not (key.isascii() and key.isdigit() and len(key) < 11):
+            raise HttpError.bad_request(
+                f"logit_bias has the key {key!r:.80}; keys are token ids, written like "
+                '{"1234": -100}',
+                param="logit_bias",
+                code="invalid_value",
+            )
+        try:
+            params.logit_bias[int(key)] = bias
+        except ValueError as error:
+            raise _unfit("logit_bias", key) from error
+
+
+def _set(message: Any, name: str, value: object) -> None:
+    try:
+        setattr(message, name, value)
+    except ValueError as error:
+        raise _unfit(name, value) from error
+
+
+def _extend(field: Any, name: str, values: list[Any]) -> None:
+    try:
+        field.extend(values)
+    except ValueError as error:
+        raise _unfit(name, values) from error
+
+
+def _unfit(name: str, value: object) -> HttpError:
+    return HttpError.bad_request(
+        f"{name} must be in range for a 32-bit number, 0 or more, and text must be Unicode; got "
+        f"{value!r:.80}",
+        param=name,
+        code="invalid_value",
+    )
+
+
+def message_of(value: JsonObject, index: int) -> pb.ChatMessage:
+    """One entry of a list of messages. Raises HttpError."""
+    try:
+        return _message(Message.model_validate(value), index)
+    except ValidationError as error:
+        raise HttpError.bad_request(
+            f"messages[{index}]: {error.errors()[0]['msg']}", param="messages"
+        ) from error
+
+
+def _message(one: Message, index: int) -> pb.ChatMessage:
+    # What OpenAI calls developer, templates know as system.
+    role: Literal["system"] | str = "system" if one.role == "developer" else one.role
+    message = pb.ChatMessage()
+    for name, value in (
+        ("role", role),
+        ("content", _content(one.content, f"messages[{index}].content")),
+        ("name", one.name),
+        ("tool_call_id", one.tool_call_id),
+    ):
+        if value is not None:
+            _set(message, name, value)
+    if one.tool_calls:
+        message.tool_calls_json = json.dumps(one.tool_calls)
+    return message
+
+
+def _content(content: str | list[JsonObject] | None, where: str) -> str | None:
+    """Text parts are joined by newlines, as vLLM does."""
+    if content is None or isinstance(content, str):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        text = part.get("text")
+        if part.get("type") != "text" or not isinstance(text, str):
+            raise HttpError.bad_request(
+                f'{where}[{index}] must be {{"type": "text", "text": …}}, got type '
+                f"{part.get('type')!r:.80}; only text is understood",
+                param=f"{where}[{index}]",
+                code="unsupported_content",
+            )
+        texts.append(text)
+    return "\n".join(texts)

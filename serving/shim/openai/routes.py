@@ -1,0 +1,145 @@
+"""The routes of OpenAI's dialect."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from pydantic import ValidationError
+
+from ....protos.quire.v1 import inference_pb2 as pb
+from ..engine import AnyRequest, Engine
+from ..http import (
+    Receive,
+    Scope,
+    Send,
+    read_json_object,
+    send_events,
+    send_json,
+    unless_client_goes,
+)
+from .answers import CHAT, COMPLETION, Head, Shape
+from .calls import Call, Wants
+from .errors import HttpError
+from .fields import check_rest
+from .requests import ChatBody, CompletionBody, Sampling, chat_request, completion_requests
+
+MAX_PROMPTS = 1024
+
+
+class OpenAI:
+    """Handlers, each for one route: scope and ends of the connection, and the caller's key."""
+
+    def __init__(self, engine: Engine, *, refuses_unknown: bool = True) -> None:
+        self._engine = engine
+        self._refuses_unknown = refuses_unknown
+
+    async def chat_completions(
+        self, scope: Scope, receive: Receive, send: Send, key: str | None
+    ) -> None:
+        body = self._read(ChatBody, await read_json_object(scope, receive))
+        await self._answer((scope, receive, send), CHAT, body, [chat_request(body)], key)
+
+    async def completions(
+        self, scope: Scope, receive: Receive, send: Send, key: str | None
+    ) -> None:
+        body = self._read(CompletionBody, await read_json_object(scope, receive))
+        requests = completion_requests(body)
+        if len(requests) > MAX_PROMPTS:
+            raise HttpError.bad_request(
+                f"prompt has {len(requests)} entries, at most {MAX_PROMPTS} are allowed; send "
+                "them in several calls",
+                param="prompt",
+            )
+        await self._answer((scope, receive, send), COMPLETION, body, requests, key)
+
+    async def models(self, scope: Scope, receive: Receive, send: Send, key: str | None) -> None:
+        found = await self._listed(key)
+        await send_json(send, {"object": "list", "data": found})
+
+    async def model(self, scope: Scope, receive: Receive, send: Send, key: str | None) -> None:
+        name = scope["path_params"]["name"]
+        for one in await self._listed(key):
+            if one["id"] == name:
+                await send_json(send, one)
+                return
+        raise HttpError.of_code(
+            grpc.StatusCode.NOT_FOUND, f"the model {name!r:.200} is not served here", "model"
+        )
+
+    # Inside
+
+    def _read[B: Sampling](self, kind: type[B], value: dict[str, Any]) -> B:
+        try:
+            body = kind.model_validate(value)
+        except ValidationError as error:
+            raise _refusal(error) from error
+        check_rest(body.model_extra or {}, kind.model_fields, refuses_unknown=self._refuses_unknown)
+        if "stream_options" in value and not body.stream:
+            raise HttpError.bad_request(
+                "stream_options is for streamed answers; leave it out, or set stream: true",
+                param="stream_options",
+                code="invalid_value",
+            )
+        return body
+
+    async def _answer(
+        self,
+        connection: tuple[Scope, Receive, Send],
+        shape: Shape,
+        body: ChatBody | CompletionBody,
+        requests: Sequence[AnyRequest],
+        key: str | None,
+    ) -> None:
+        scope, receive, send = connection
+        head = Head(shape, scope["state"]["request_id"], body.model or await self._default(key))
+        answers = self._engine.open(key)
+        try:
+            for request in requests:
+                answers.submit(request)
+            call = Call(head, Wants.of(body), answers)
+            if body.stream:
+                work = send_events(send, call.stream(), {})
+                await unless_client_goes(receive, work)
+            else:
+
+                async def whole() -> None:
+                    await send_json(send, await call.whole())
+
+                await unless_client_goes(receive, whole())
+        finally:
+            answers.close()
+
+    async def _default(self, key: str | None) -> str:
+        """The first served name."""
+        if self._default_name is None:
+            self._default_name = (await self._listed(key))[0]["id"]
+        return self._default_name
+
+    _default_name: str | None = None
+
+    async def _listed(self, key: str | None) -> list[dict[str, Any]]:
+        request = pb.ListModelsRequest()
+        found = await self._engine.call(self._engine.stub.ListModels, request, key)
+        return [
+            {
+                "id": one.name,
+                "object": "model",
+                "created": one.created_unix_ns // 10**9,
+                "owned_by": "quire",
+                "root": one.name,
+                "parent": None,
+                "max_model_len": one.max_model_len,
+            }
+            for one in found.models
+        ]
+
+
+def _refusal(error: ValidationError) -> HttpError:
+    """The first of its findings; OpenAI's clients expect one."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = [str(part) for part in first["loc"]]
+    param = ".".join(where) or None
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    message = f"{param or 'the body'}: {first['msg']} ({first['type']}), got {shown}"
+    return HttpError.bad_request(message, param=where[0] if where else None, code="invalid_value")

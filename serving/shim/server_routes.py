@@ -1,0 +1,129 @@
+"""Routes that belong to no dialect alone: health, version, metrics, and text to tokens and back."""
+
+from typing import Any
+
+import orjson
+
+from ... import __version__
+from ...protos.quire.v1 import inference_pb2 as pb
+from .engine import Engine
+from .http import Receive, Scope, Send, read_json_object, send_bytes, send_json
+from .openai.errors import HttpError
+from .openai.requests import message_of
+
+_HEALTH_TIMEOUT_S = 2.0
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class ServerRoutes:
+    """Handlers, each for one route."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def health(self, _: Scope, __: Receive, send: Send, ___: str | None) -> None:
+        """200 exactly when the engine serves."""
+        if await self._engine.is_serving(_HEALTH_TIMEOUT_S):
+            await send_json(send, {"status": "ok"})
+        else:
+            why = {"status": "the engine is starting, stuck, stopping or gone"}
+            await send_json(send, why, 503, {"retry-after": "1"})
+
+    async def version(self, _: Scope, __: Receive, send: Send, key: str | None) -> None:
+        # Asked of the engine, which knows the keys.
+        await self._engine.call(self._engine.stub.GetServerInfo, pb.GetServerInfoRequest(), key)
+        await send_json(send, {"version": __version__})
+
+    async def metrics(self, _: Scope, __: Receive, send: Send, key: str | None) -> None:
+        found = await self._engine.call(self._engine.stub.GetMetrics, pb.GetMetricsRequest(), key)
+        await send_bytes(send, found.text.encode(), _METRICS_TYPE)
+
+    async def tokenize(self, scope: Scope, receive: Receive, send: Send, key: str | None) -> None:
+        """vLLM's {prompt} or {messages}."""
+        body = await read_json_object(scope, receive)
+        known = ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt")
+        _refuse_unknown(body, (*known, "return_token_strs"))
+        request = pb.TokenizeRequest(model=_text(body, "model") or "")
+        prompt = _text(body, "prompt")
+        if (prompt is None) == (body.get("messages") is None):
+            raise HttpError.bad_request(
+                "send either prompt or messages", param="prompt", code="invalid_value"
+            )
+        if prompt is not None:
+            request.text = prompt
+            request.add_special_tokens = _flag(body, "add_special_tokens", True)
+        else:
+            for index, one in enumerate(_objects(body, "messages")):
+                request.chat.messages.append(message_of(one, index))
+            opens_turn = _flag(body, "add_generation_prompt", True)
+            request.chat.add_generation_prompt = opens_turn
+        found = await self._engine.call(self._engine.stub.Tokenize, request, key)
+        tokens = list(found.token_ids)
+        texts = None
+        if _flag(body, "return_token_strs", False):
+            texts = [(await self._detokenized([token], key)) for token in tokens]
+        await send_json(
+            send,
+            {
+                "count": len(tokens),
+                "max_model_len": found.max_model_len,
+                "tokens": tokens,
+                "token_strs": texts,
+            },
+        )
+
+    async def detokenize(self, scope: Scope, receive: Receive, send: Send, key: str | None) -> None:
+        """vLLM's, llama-server's and SGLang's clients each look for another name of the text."""
+        body = await read_json_object(scope, receive)
+        _refuse_unknown(body, ("model", "tokens"))
+        tokens = body.get("tokens")
+        if not isinstance(tokens, list) or not all(
+            type(token) is int and 0 <= token < 2**32 for token in tokens
+        ):
+            raise HttpError.bad_request(
+                "tokens must be a list of token ids", param="tokens", code="invalid_value"
+            )
+        text = await self._detokenized(tokens, key, _text(body, "model") or "")
+        await send_json(send, {"prompt": text, "content": text, "text": text})
+
+    async def _detokenized(self, tokens: list[int], key: str | None, model: str = "") -> str:
+        request = pb.DetokenizeRequest(model=model, token_ids=tokens, skip_special_tokens=False)
+        found = await self._engine.call(self._engine.stub.Detokenize, request, key)
+        return str(found.text)
+
+
+def _refuse_unknown(body: dict[str, Any], known: tuple[str, ...]) -> None:
+    for name in body:
+        if name not in known:
+            raise HttpError.bad_request(
+                f"Unrecognized request argument: {name[:80]} (this route has {', '.join(known)})",
+                param=name[:80],
+                code="unknown_parameter",
+            )
+
+
+def _text(body: dict[str, Any], name: str) -> str | None:
+    value = body.get(name)
+    if value is not None and not isinstance(value, str):
+        raise HttpError.bad_request(f"{name} must be a string", param=name, code="invalid_value")
+    return value
+
+
+def _flag(body: dict[str, Any], name: str, default: bool) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise HttpError.bad_request(
+            f"{name} must be true or false, got {orjson.dumps(value)[:80].decode()}",
+            param=name,
+            code="invalid_value",
+        )
+    return default if value is None else value
+
+
+def _objects(body: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    value = body.get(name)
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise HttpError.bad_request(
+            f"{name} must be a list of objects", param=name, code="invalid_value"
+        )
+    return value
