@@ -49,6 +49,7 @@ async def gateway(step_ms: float) -> AsyncIterator[tuple[str, int]]:
             "engine": {},
             "serve": {"grpc_port": 0},
             "core_socket": str(socket),
+            "front_socket": str(Path(folder) / "gateway.sock"),
             "secret": "00" * 32,
         }
         command = (sys.executable, "-P", "-m", "quire.serving.gateway")

@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
     keys = read_keys(config)
     check_bind(config, keys)
 
-    from .supervisor.command import Gateway, run_engine
+    from .supervisor.command import Front, run_engine
     from .supervisor.supervisor import Limits
 
     # The file is read once: the gateway's keys stay those that were checked here.
@@ -39,9 +39,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return run_engine(
         engine,
         # -P: the folder that we were started in is no place to import from.
-        Gateway(
-            (sys.executable, "-P", "-m", "quire.serving.gateway"),
-            {"engine": engine, "serve": serve},
-        ),
+        [
+            Front(
+                "gateway",
+                (sys.executable, "-P", "-m", "quire.serving.gateway"),
+                {"engine": engine, "serve": serve},
+            )
+        ],
         Limits(step_timeout_s=config.step_timeout, drain_timeout_s=config.drain_timeout),
     )

@@ -1,7 +1,7 @@
 """The gateway process: `python -m quire.serving.gateway --channel FD`, started by a supervisor.
 
 The first message of the channel brings its options: {"engine": {…}, "serve": {…}, "core_socket":
-path, "secret": hex}. It answers "ready" with its address once it serves, or "refused" and exit code
+path, "front_socket": path, "secret": hex}. It answers "ready" with its address once it serves, or "refused" and exit code
 2. SIGTERM drains it; it does not outlive its supervisor.
 """
 
@@ -48,6 +48,7 @@ async def _serve(options: Message, channel: Channel) -> int:
                 options["serve"],
                 Path(options["core_socket"]),
                 bytes.fromhex(options["secret"]),
+                Path(options["front_socket"]),
             )
         )
 
@@ -64,7 +65,7 @@ async def _serve(options: Message, channel: Channel) -> int:
     stopping = asyncio.create_task(stopped.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
-        channel.say("ready", address=address)
+        channel.say("ready", address=f"{address} (gRPC)")
     await stopping
     await gateway.drain()
     return 0

@@ -75,6 +75,11 @@ class Callers:
         ).digest()
 
 
+def front_key(secret: bytes) -> str:
+    """The key of the processes in front of this engine that its supervisor starts."""
+    return hashlib.blake2b(b"", key=secret, digest_size=32, person=b"quire front").hexdigest()
+
+
 def bearer_key(value: str | bytes) -> str:
     """The key of an authorization header; empty if it has none."""
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value

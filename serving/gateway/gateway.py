@@ -18,11 +18,11 @@ from ...engine.token_checks import TokenLimits
 from ..config import ServeConfig
 from ..core_client.client import CoreClient, CoreStatus
 from .about import About
-from .callers import Callers, bearer_key
+from .callers import Callers, bearer_key, front_key
 from .core_link import CoreLink
 from .health import Health
 from .intake import Intake
-from .listener import KeyInterceptor, make_listener, tls_context
+from .listener import KeyInterceptor, add_private_socket, make_listener, tls_context
 from .metrics import GatewayMetrics
 from .metrics_http import start_metrics_server
 from .prepare import Served
@@ -40,13 +40,15 @@ _DRAIN_POLL_S = 0.02
 @dataclass(frozen=True)
 class GatewayOptions:
     """What a supervisor says: options of EngineConfig and ServeConfig as they were given, the
-    core's socket, and the secret that all processes of the engine share.
+    core's socket, the secret that all processes of the engine share, and the socket to make for
+    fronts of the same engine, which show `front_key(secret)`.
     """
 
     engine: Mapping[str, Any]
     serve: Mapping[str, Any]
     core_socket: Path
     secret: bytes
+    front_socket: Path | None = None
 
 
 class Gateway:
@@ -58,7 +60,10 @@ class Gateway:
         model = self._engine_config.model or "quire-demo"
         self._names = self._config.served_model_name or (model,)
         self.metrics = GatewayMetrics(self._names[0])
-        self._callers = Callers(self._config.api_key, options.secret)
+        keys = self._config.api_key
+        # Without keys everybody is the same caller, fronts too.
+        self._callers = Callers(keys and (*keys, front_key(options.secret)), options.secret)
+        self._front_socket = options.front_socket
         self._client = CoreClient(options.core_socket)
         waiting = Waiting(
             WaitingLimits(self._config.max_num_queued_reqs, self._config.max_num_queued_tokens),
@@ -90,6 +95,8 @@ class Gateway:
         """
         keys = KeyInterceptor(self._callers, self.intake.note_unauthenticated)
         self._listener, address = make_listener(self._config, self._service, self.health, keys)
+        if self._front_socket is not None:
+            add_private_socket(self._listener, self._front_socket)
         if self._config.metrics_port is not None:
             self._metrics_server = await start_metrics_server(
                 self._config.host,

@@ -83,6 +83,13 @@ def make_listener(
     return server, f"{host}:{port}"
 
 
+def add_private_socket(server: grpc.aio.Server, path: Path) -> None:
+    """A Unix socket that only this user can open, without TLS."""
+    path.unlink(missing_ok=True)  # of a gateway that was killed
+    server.add_insecure_port(f"unix:{path}")
+    path.chmod(0o600)
+
+
 def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
     """For what is not gRPC; None without TLS. Raises ConfigError for files that cannot be used."""
     if config.ssl_certfile is None or config.ssl_keyfile is None:

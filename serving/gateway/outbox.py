@@ -92,7 +92,9 @@ class Lane:
             self._give_up(choice.request)
             return
         delta = self._waiting.get(choice.index)
-        if delta is None or len(delta.text) > _MERGED_CHARACTERS:
+        # Those of other answers may stand behind the one that waits, and the summary comes last.
+        is_last_of_several = choice.request.is_done and len(self._waiting) > 1
+        if delta is None or len(delta.text) > _MERGED_CHARACTERS or is_last_of_several:
             delta = self._new_delta(choice)
         add_piece(delta, choice, piece)
         self._num_bytes += len(piece.text) + _PIECE_BYTES + _TOKEN_BYTES * len(piece.token_ids)

@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,28 @@ from .supervisor import Limits, Supervisor
 
 
 @dataclass(frozen=True)
-class Gateway:
-    """The process in front of the core. Its first message is `options` and besides
-    {"core_socket": path, "secret": hex}.
+class Front:
+    """A process in front of the core: the gateway, or one in front of that. Its first message is
+    `options` and besides {"core_socket": path, "front_socket": path, "secret": hex}; the second
+    socket is the gateway's.
     """
 
+    name: str
     command: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_engine(
-    engine: Mapping[str, Any], gateway: Gateway | None = None, limits: Limits | None = None
+    engine: Mapping[str, Any], fronts: Sequence[Front] = (), limits: Limits | None = None
 ) -> int:
-    """Supervise a core, and a gateway if one is given, until a signal ends them. The exit code.
+    """Supervise a core and what is in front of it until a signal ends them. The exit code.
 
     engine: options of EngineConfig. Raises ConfigError before anything is started.
     """
     EngineConfig(**engine)
     open_standard_streams()
     with private_folder() as folder:
-        return asyncio.run(_run(dict(engine), gateway, limits or Limits(), folder))
+        return asyncio.run(_run(dict(engine), fronts, limits or Limits(), folder))
 
 
 def open_standard_streams() -> None:
@@ -53,10 +55,10 @@ def open_standard_streams() -> None:
 
 
 async def _run(
-    engine: dict[str, Any], gateway: Gateway | None, limits: Limits, folder: Path
+    engine: dict[str, Any], fronts: Sequence[Front], limits: Limits, folder: Path
 ) -> int:
     socket = folder / "core.sock"
-    # The same for every core that is started here, and for the gateway: so are hashes of prefixes.
+    # The same for every core that is started here, and for the fronts: so are hashes of prefixes.
     secret = secrets.token_bytes(32).hex()
     client = CoreClient(socket)
     core = Child(
@@ -66,11 +68,14 @@ async def _run(
         {"engine": engine, "secret": secret, "socket": str(socket)},
         why_stuck=lambda: why_core_is_stuck(client, limits.step_timeout_s),
     )
+    shared = {
+        "core_socket": str(socket),
+        "front_socket": str(folder / "gateway.sock"),
+        "secret": secret,
+    }
     children = [core]
-    if gateway is not None:
-        shared = {"core_socket": str(socket), "secret": secret}
-        options = {**gateway.options, **shared}
-        children.append(Child("gateway", gateway.command, options, drains=True))
+    for front in fronts:
+        children.append(Child(front.name, front.command, {**front.options, **shared}, drains=True))
     display = Display()
     try:
         return await Supervisor(children, limits, display).run()

@@ -272,7 +272,7 @@ class Supervisor:
 def _serving(some: Iterable[_Kept]) -> str:
     """Where clients find them, if they do."""
     addresses = [kept.address for kept in some if kept.address is not None]
-    return f", serving on {', '.join(addresses)} (gRPC)" if addresses else ""
+    return f", serving on {' and '.join(addresses)}" if addresses else ""
 
 
 def _shown(kept: _Kept) -> dict[str, str | int]:

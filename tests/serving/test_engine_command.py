@@ -10,7 +10,7 @@ import pytest
 from quire.engine.config import EngineConfig
 from quire.serving import cli
 from quire.serving.config import ServeConfig
-from quire.serving.supervisor.command import Gateway
+from quire.serving.supervisor.command import Front
 from quire.serving.supervisor.supervisor import Limits
 
 HEAVY = ("jax", "jaxlib", "numpy", "transformers", "tokenizers", "grpc", "prometheus_client")
@@ -20,9 +20,10 @@ class Starts:
     """Takes the place of run_engine()."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[dict[str, Any], Gateway, Limits]] = []
+        self.calls: list[tuple[dict[str, Any], Front, Limits]] = []
 
-    def __call__(self, engine: dict[str, Any], gateway: Gateway, limits: Limits) -> int:
+    def __call__(self, engine: dict[str, Any], fronts: list[Front], limits: Limits) -> int:
+        (gateway,) = fronts
         self.calls.append((engine, gateway, limits))
         return 7
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from quire.engine.errors import ConfigError
 from quire.serving.supervisor.child import Child
-from quire.serving.supervisor.command import Gateway, run_engine
+from quire.serving.supervisor.command import Front, run_engine
 from quire.serving.supervisor.display import Display
 from quire.serving.supervisor.supervisor import Limits, Supervisor
 
@@ -49,9 +49,9 @@ def main() -> int:
     limits = Limits(**given.get("limits", {}))
     if "children" in given:
         return asyncio.run(of_fakes(given["children"], limits))
-    gateway = Gateway(FAKE, given["gateway"]) if "gateway" in given else None
+    fronts = [Front("gateway", FAKE, given["gateway"])] if "gateway" in given else []
     try:
-        return run_engine(given["engine"], gateway, limits)
+        return run_engine(given["engine"], fronts, limits)
     except ConfigError as error:
         print(f"quire: {error}", file=sys.stderr)
         return 2

@@ -137,7 +137,7 @@ def test_ended_child_is_restarted_and_the_others_are_told(fakes: Fakes, tmp_path
 
 
 def test_ready_says_where_and_again_after_a_restart(fakes: Fakes, tmp_path: Path) -> None:
-    children = fakes.options(core={}, gateway={"address": "127.0.0.1:50051"})
+    children = fakes.options(core={}, gateway={"address": "127.0.0.1:50051 (gRPC)"})
     with Supervised(tmp_path, children=children) as supervised:
         supervised.until_said("quire: ready in 0.0 s, serving on 127.0.0.1:50051 (gRPC)\n")
         subprocess.run(["kill", "-9", str(fakes.pids("gateway")[0])], check=True)
