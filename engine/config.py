@@ -94,7 +94,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name]))
+            object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), hints[f.name]))
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
             if isinstance(value, int) and value < lowest:
@@ -118,7 +118,7 @@ _LOWEST = {
 }
 
 
-def _checked(name: str, value: Any, hint: Any) -> Any:
+def checked(name: str, value: Any, hint: Any) -> Any:
     """The value in the type of its field; ConfigError names the rule and the value."""
     kinds = get_args(hint) if get_origin(hint) not in (Literal, tuple) else (hint,)
     for kind in kinds or (hint,):

@@ -16,9 +16,10 @@ from ..engine.errors import ConfigError, QuireError, UsageError
 from ..engine.sampling_params import SamplingParams
 from .bench.command import add_bench
 from .chat.command import add_chat
-from .engine_command import add_engine
+from .engine_command import add_engine, add_serve
 from .flags import Parser, add_flags, given_options
 from .say import say
+from .shim_command import add_shim
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_chat(verbs)
     add_engine(verbs)
+    add_serve(verbs)
+    add_shim(verbs)
     add_bench(verbs)
 
     env = verbs.add_parser("env", help="versions, devices, chosen implementations, folders")

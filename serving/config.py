@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from ..engine.config import _checked
+from ..engine.config import checked
 from ..engine.errors import ConfigError
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -20,7 +20,7 @@ LogFormat = Literal["text", "json"]
 _MAX_PORT = 65535
 
 
-def _option(
+def option(
     default: Any,
     help: str,
     *,
@@ -44,22 +44,37 @@ def _option(
     )
 
 
+def check_types(config: Any) -> None:
+    """Bring the fields of a config, but for secrets, to their types. Raises ConfigError."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        if not f.metadata["is_secret"]:
+            value = checked(f.name, getattr(config, f.name), hints[f.name])
+            object.__setattr__(config, f.name, value)
+
+
+def check_port(name: str, port: int | None) -> None:
+    """Raises ConfigError."""
+    if port is not None and not 0 <= port <= _MAX_PORT:
+        raise ConfigError(f"{name} must be 0 (any free one) to {_MAX_PORT}, got {port}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """What the user asked for of the server in front of the engine."""
 
-    host: str = _option(
+    host: str = option(
         "127.0.0.1",
         "address to listen on; one that others can reach needs a key",
         metavar="ADDRESS",
     )
-    grpc_port: int = _option(50051, "port of the gRPC server; 0 takes a free one", metavar="PORT")
-    served_model_name: tuple[str, ...] = _option(
+    grpc_port: int = option(50051, "port of the gRPC server; 0 takes a free one", metavar="PORT")
+    served_model_name: tuple[str, ...] = option(
         (),
         "names that requests may use, repeated or comma separated; by default the model's as given",
         metavar="NAME",
     )
-    api_key: tuple[str, ...] = _option(
+    api_key: tuple[str, ...] = option(
         (),
         "key that callers must show; repeatable. Other users of this machine can read flags: "
         "QUIRE_API_KEY (or VLLM_API_KEY) and the file are safer",
@@ -67,51 +82,47 @@ class ServeConfig:
         is_secret=True,
         fallback="VLLM_API_KEY",
     )
-    api_key_file: str | None = _option(
+    api_key_file: str | None = option(
         None,
         "file of more keys, one a line; blank lines and # comments are skipped",
         metavar="FILE",
     )
-    allow_unauthenticated: bool = _option(
+    allow_unauthenticated: bool = option(
         False, "serve an address that others can reach without a key"
     )
-    ssl_certfile: str | None = _option(
+    ssl_certfile: str | None = option(
         None, "certificate chain of the server, PEM; turns TLS on", metavar="FILE"
     )
-    ssl_keyfile: str | None = _option(None, "private key of ssl_certfile, PEM", metavar="FILE")
-    ssl_ca_certs: str | None = _option(
+    ssl_keyfile: str | None = option(None, "private key of ssl_certfile, PEM", metavar="FILE")
+    ssl_ca_certs: str | None = option(
         None, "authorities, PEM: clients must show a certificate of one of them", metavar="FILE"
     )
-    max_num_queued_reqs: int = _option(
+    max_num_queued_reqs: int = option(
         1024, "requests that wait for their first token; more are refused", metavar="REQUESTS"
     )
-    max_num_queued_tokens: int = _option(
+    max_num_queued_tokens: int = option(
         1_000_000, "prompt tokens of the waiting requests; more are refused", metavar="TOKENS"
     )
-    step_timeout: float = _option(
+    step_timeout: float = option(
         30.0,
         "a core whose step takes longer, or that does not answer, is replaced",
         metavar="SECONDS",
     )
-    drain_timeout: float = _option(
+    drain_timeout: float = option(
         30.0, "what open requests get to finish after a signal to stop", metavar="SECONDS"
     )
-    metrics_port: int | None = _option(
+    metrics_port: int | None = option(
         None, "port of GET /metrics over HTTP, on the same host; 0 takes a free one", metavar="PORT"
     )
-    log_level: LogLevel = _option("info", "what is worth a line in the log")
-    log_format: LogFormat = _option("text", "lines for people, or one JSON object a line")
-    enable_log_requests: bool = _option(False, "a line for each request")
-    max_log_len: int = _option(
+    log_level: LogLevel = option("info", "what is worth a line in the log")
+    log_format: LogFormat = option("text", "lines for people, or one JSON object a line")
+    enable_log_requests: bool = option(False, "a line for each request")
+    max_log_len: int = option(
         0, "characters of a prompt in the log of requests; 0 logs none", metavar="CHARACTERS"
     )
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for f in fields(self):
-            if not f.metadata["is_secret"]:
-                value = _checked(f.name, getattr(self, f.name), hints[f.name])
-                object.__setattr__(self, f.name, value)
+        check_types(self)
         object.__setattr__(self, "api_key", _checked_keys(self.api_key))
         self._check_addresses()
         self._check_tls()
@@ -135,9 +146,7 @@ class ServeConfig:
                 f"{self.host!r}; the port is grpc_port"
             )
         for name in ("grpc_port", "metrics_port"):
-            port = getattr(self, name)
-            if port is not None and not 0 <= port <= _MAX_PORT:
-                raise ConfigError(f"{name} must be 0 (any free one) to {_MAX_PORT}, got {port}")
+            check_port(name, getattr(self, name))
         if self.metrics_port and self.metrics_port == self.grpc_port:
             raise ConfigError(
                 f"metrics_port and grpc_port must differ, both are {self.grpc_port}; choose another"
@@ -228,7 +237,7 @@ def _is_key(key: Any) -> bool:
 
 
 def _checked_keys(keys: Any) -> tuple[str, ...]:
-    """As _checked(), but no message shows a key."""
+    """As checked(), but no message shows a key."""
     if not isinstance(keys, list | tuple):
         raise ConfigError(f"api_key must be a list of str, got a {type(keys).__name__}")
     for number, key in enumerate(keys, 1):

@@ -1,4 +1,4 @@
-"""The flags of `quire engine`, and what is checked before any process is started."""
+"""`quire engine` and `quire serve`: their flags, and what is checked before a process starts."""
 
 import argparse
 import sys
@@ -7,23 +7,48 @@ from typing import Any
 from ..engine.config import EngineConfig
 from .config import ServeConfig, check_bind, read_keys
 from .flags import add_flags, given_options
+from .http_config import HttpConfig
 
 
 def add_engine(verbs: Any) -> None:
     """Add `engine` to the subparsers of the command."""
     engine = verbs.add_parser("engine", help="serve a model over gRPC")
-    engine.add_argument(
+    _add_model(engine)
+    add_flags(engine.add_argument_group("server"), ServeConfig)
+    add_flags(engine.add_argument_group("engine"), EngineConfig, skip=("model",))
+    engine.set_defaults(run=_run_engine)
+
+
+def add_serve(verbs: Any) -> None:
+    """Add `serve` to the subparsers of the command."""
+    serve = verbs.add_parser("serve", help="serve a model over OpenAI's HTTP interface and gRPC")
+    _add_model(serve)
+    add_flags(serve.add_argument_group("HTTP"), HttpConfig)
+    add_flags(serve.add_argument_group("server"), ServeConfig)
+    add_flags(serve.add_argument_group("engine"), EngineConfig, skip=("model",))
+    serve.set_defaults(run=_run_serve)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "model",
         nargs="?",
         default=argparse.SUPPRESS,
         help="model folder or hub id; the embedded demo model if not given",
     )
-    add_flags(engine.add_argument_group("server"), ServeConfig)
-    add_flags(engine.add_argument_group("engine"), EngineConfig, skip=("model",))
-    engine.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run_engine(arguments: argparse.Namespace) -> int:
+    return _run(arguments, None)
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    http = given_options(arguments, HttpConfig)
+    HttpConfig(**http)
+    return _run(arguments, http)
+
+
+def _run(arguments: argparse.Namespace, http: dict[str, Any] | None) -> int:
     engine = given_options(arguments, EngineConfig)
     serve = given_options(arguments, ServeConfig)
     EngineConfig(**engine)
@@ -34,17 +59,18 @@ def _run(arguments: argparse.Namespace) -> int:
     from .supervisor.command import Front, run_engine
     from .supervisor.supervisor import Limits
 
-    # The file is read once: the gateway's keys stay those that were checked here.
+    # The file is read once: the keys stay those that were checked here.
     serve = {k: v for k, v in serve.items() if k != "api_key_file"} | {"api_key": keys}
-    return run_engine(
-        engine,
-        # -P: the folder that we were started in is no place to import from.
-        [
-            Front(
-                "gateway",
-                (sys.executable, "-P", "-m", "quire.serving.gateway"),
-                {"engine": engine, "serve": serve},
-            )
-        ],
-        Limits(step_timeout_s=config.step_timeout, drain_timeout_s=config.drain_timeout),
-    )
+    fronts = [Front("gateway", _python("gateway"), {"engine": engine, "serve": serve})]
+    if http is not None:
+        count = HttpConfig(**http).api_server_count
+        for number in range(1, count + 1):
+            name = "shim" if count == 1 else f"shim {number}"
+            fronts.append(Front(name, _python("shim"), {"http": http, "serve": serve}))
+    limits = Limits(step_timeout_s=config.step_timeout, drain_timeout_s=config.drain_timeout)
+    return run_engine(engine, fronts, limits)
+
+
+def _python(process: str) -> tuple[str, ...]:
+    # -P: the folder that we were started in is no place to import from.
+    return (sys.executable, "-P", "-m", f"quire.serving.{process}")

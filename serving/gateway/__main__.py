@@ -1,8 +1,8 @@
 """The gateway process: `python -m quire.serving.gateway --channel FD`, started by a supervisor.
 
 The first message of the channel brings its options: {"engine": {…}, "serve": {…}, "core_socket":
-path, "front_socket": path, "secret": hex}. It answers "ready" with its address once it serves, or "refused" and exit code
-2. SIGTERM drains it; it does not outlive its supervisor.
+path, "front_socket": path, "secret": hex}. It answers "ready" with its address once it serves, or
+"refused" and exit code 2. SIGTERM drains it; it does not outlive its supervisor.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from ...engine.errors import UsageError
+from ..logs import configure_logs
 from ..supervisor.channel import Channel, Message, channel_of
-from .logs import configure_logs
 
 # So that the event loop does not wait long for a thread that renders or checks a prompt.
 _SWITCH_INTERVAL_S = 0.0005

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...engine.errors import AuthenticationError
+from ..keys import bearer_key
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -52,7 +53,10 @@ class Callers:
         """The caller of an rpc. Raises AuthenticationError."""
         values = [value for name, value in metadata or () if name.lower() == _HEADER]
         # Two headers could mean one key to a proxy and the other to us.
-        return self.of_key(bearer_key(values[0]) if len(values) == 1 else "")
+        value = values[0] if len(values) == 1 else ""
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        return self.of_key(bearer_key(value))
 
     def salt_of(self, caller: Caller, cache_salt: str) -> bytes:
         """What separates cached prefixes: of this tenant, and of what it asked for."""
@@ -73,15 +77,3 @@ class Callers:
         return hashlib.blake2b(
             data, key=self._secret, digest_size=_TENANT_BYTES, person=b"quire tenant"
         ).digest()
-
-
-def front_key(secret: bytes) -> str:
-    """The key of the processes in front of this engine that its supervisor starts."""
-    return hashlib.blake2b(b"", key=secret, digest_size=32, person=b"quire front").hexdigest()
-
-
-def bearer_key(value: str | bytes) -> str:
-    """The key of an authorization header; empty if it has none."""
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    scheme, _, key = text.partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""

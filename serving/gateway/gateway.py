@@ -17,8 +17,9 @@ from ...engine.text_files import TextFiles, open_text
 from ...engine.token_checks import TokenLimits
 from ..config import ServeConfig
 from ..core_client.client import CoreClient, CoreStatus
+from ..keys import bearer_key, front_key
 from .about import About
-from .callers import Callers, bearer_key, front_key
+from .callers import Callers
 from .core_link import CoreLink
 from .health import Health
 from .intake import Intake

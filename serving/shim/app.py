@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from ...engine.errors import EngineUnavailable
+from ..keys import bearer_key
 from .engine import Engine
 from .http import ClientGone, Message, Receive, Scope, Send, encoded, header, send_json
 from .openai.errors import HttpError
@@ -80,7 +81,7 @@ class Guarded:
         try:
             request_id = _request_id(scope) or request_id
             scope.setdefault("state", {})["request_id"] = request_id
-            key = bearer_key(header(scope, b"authorization"))
+            key = _key_of(scope)
             if key is None and self._needs_key:
                 raise HttpError.of_code(
                     grpc.StatusCode.UNAUTHENTICATED,
@@ -110,17 +111,17 @@ def as_http_error(error: Exception) -> HttpError:
     return HttpError(500, "the server failed at this call; its log says why", type="server_error")
 
 
-def bearer_key(value: str | None) -> str | None:
-    """The key of an Authorization header; None without one. Raises HttpError for another scheme."""
+def _key_of(scope: Scope) -> str | None:
+    """The caller's key; None without one. Raises HttpError for a header that has none."""
+    value = header(scope, b"authorization")
     if value is None:
         return None
-    scheme, _, key = value.partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
+    key = bearer_key(value)
+    if not key:
         raise HttpError.of_code(
-            grpc.StatusCode.UNAUTHENTICATED,
-            "the header Authorization must be: Bearer KEY",
+            grpc.StatusCode.UNAUTHENTICATED, "the header Authorization must be: Bearer KEY"
         )
-    return key.strip()
+    return key
 
 
 def _request_id(scope: Scope) -> str | None:

@@ -108,7 +108,7 @@ class Engine:
         self._ids = itertools.count(1)
         self._answers: dict[int, Answers] = {}
         self._outgoing: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
-        self._is_connected = False
+        self.is_connected = False  # whether requests can be submitted
 
     async def run(self) -> None:
         """Keep a Session open across restarts of the engine, until cancelled."""
@@ -148,7 +148,7 @@ class Engine:
     # Inside
 
     def _submit(self, request: AnyRequest, bearer_key: str | None, answers: Answers) -> int:
-        if not self._is_connected:
+        if not self.is_connected:
             raise EngineUnavailable(
                 "the engine is not there; try again in a second", retry_after_s=1.0
             )
@@ -168,14 +168,14 @@ class Engine:
         self._outgoing = outgoing
         call = self.stub.Session(metadata=_metadata(self._key))
         await call.initial_metadata()  # sent once the engine has taken the call
-        self._is_connected = True
+        self.is_connected = True
         writing = asyncio.create_task(_write(call, outgoing))
         try:
             async for message in call:
                 for event in message.events:
                     self._on_event(event)
         finally:
-            self._is_connected = False
+            self.is_connected = False
             writing.cancel()
             call.cancel()
             await asyncio.gather(writing, return_exceptions=True)

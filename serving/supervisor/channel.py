@@ -7,7 +7,7 @@ the line is the end of the supervisor, after which a child must not live on.
 To the child:   {"event": "child", "name": …, "state": "starting"|"ready"|"ended", "restarts": n}
 From the child: {"event": "phase", "line": …}
                 {"event": "progress", "what": …, "done": n, "total": n}
-                {"event": "ready", "address": …}     the address, and of what, only where others call
+                {"event": "ready", "address": …}     an address only if others call it
                 {"event": "refused", "why": …}       and exit code 2
 """
 

@@ -1,4 +1,4 @@
-"""The gateway's log on stderr: lines for people, or one JSON object a line.
+"""The log of a process on stderr: lines for people, or one JSON object a line.
 
 What a client sends may stand in a message or in a field: it never starts a line of its own.
 """
@@ -8,9 +8,10 @@ import logging
 import math
 import queue
 import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener
+from logging.handlers import QueueHandler
 from typing import Any
 
 # What every record has; the rest came as `extra`.
@@ -18,6 +19,8 @@ _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
 # Of records that wait to be written.
 _MAX_RECORDS = 10_000
+# What a stderr that nobody reads gets at the end.
+_CLOSE_S = 1.0
 
 
 def configure_logs(level: str, format: str) -> Callable[[], None]:
@@ -28,11 +31,24 @@ def configure_logs(level: str, format: str) -> Callable[[], None]:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if format == "json" else _TextFormatter())
-    records: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_RECORDS)
+    records: queue.Queue[logging.LogRecord | None] = queue.Queue(_MAX_RECORDS)
     logging.basicConfig(level=level.upper(), handlers=[_Enqueuing(records)], force=True)
-    listener = QueueListener(records, handler)
-    listener.start()
-    return listener.stop
+
+    def write() -> None:
+        while (record := records.get()) is not None:
+            handler.handle(record)
+
+    writing = threading.Thread(target=write, name="quire-log", daemon=True)
+    writing.start()
+
+    def close() -> None:
+        try:
+            records.put(None, timeout=_CLOSE_S)
+        except queue.Full:
+            return
+        writing.join(_CLOSE_S)
+
+    return close
 
 
 class _Enqueuing(QueueHandler):

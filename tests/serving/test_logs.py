@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 
 import pytest
-from quire.serving.gateway import logs
-from quire.serving.gateway.logs import configure_logs
+from quire.serving import logs
+from quire.serving.logs import configure_logs
 
 Said = Callable[[], list[str]]
 Configured = Callable[..., tuple[logging.Logger, Said]]
@@ -143,6 +143,7 @@ def test_stderr_that_nobody_reads_stops_nobody(monkeypatch: pytest.MonkeyPatch):
     with os.fdopen(write, "w") as stderr:
         monkeypatch.setattr("sys.stderr", stderr)
         monkeypatch.setattr(logs, "_MAX_RECORDS", 10)
+        monkeypatch.setattr(logs, "_CLOSE_S", 0.1)
         close = configure_logs("info", "text")
         for _ in range(1000):
             logging.getLogger("quire").info("x" * 1000)

@@ -1,0 +1,55 @@
+"""`quire shim`: an HTTP front of its own, for an engine that runs elsewhere."""
+
+import argparse
+from typing import Any
+
+from .config import ServeConfig, check_bind
+from .flags import add_flags, given_options
+from .http_config import HttpConfig, LinkConfig
+
+# Of ServeConfig, what is a shim's too.
+_SHARED = ("host", "allow_unauthenticated", "drain_timeout", "log_level", "log_format")
+
+
+def add_shim(verbs: Any) -> None:
+    """Add `shim` to the subparsers of the command."""
+    shim = verbs.add_parser("shim", help="OpenAI's HTTP interface in front of a quire engine")
+    add_flags(shim.add_argument_group("engine"), LinkConfig)
+    add_flags(shim.add_argument_group("HTTP"), HttpConfig, skip=("api_server_count",))
+    others = tuple(name for name in ServeConfig.__dataclass_fields__ if name not in _SHARED)
+    add_flags(shim.add_argument_group("server"), ServeConfig, skip=others)
+    shim.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    http = HttpConfig(**given_options(arguments, HttpConfig))
+    link = LinkConfig(**given_options(arguments, LinkConfig))
+    given = given_options(arguments, ServeConfig)
+    serve = ServeConfig(**{name: value for name, value in given.items() if name in _SHARED})
+    # With a key of its own, the engine has keys, and this shim wants them of its callers.
+    check_bind(serve, () if link.engine_api_key is None else (link.engine_api_key,))
+
+    import asyncio
+    from pathlib import Path
+
+    import uvloop
+
+    from .logs import configure_logs
+    from .say import say
+    from .shim.engine import EngineAddress
+    from .shim.process import ShimOptions, bound_socket, serve_http
+
+    close_logs = configure_logs(serve.log_level, serve.log_format)
+    ca = None if link.engine_ca is None else Path(link.engine_ca)
+    options = ShimOptions(
+        serve.host,
+        http.port,
+        EngineAddress(link.engine, link.engine_api_key, ca),
+        refuses_unknown=http.unknown_fields == "refuse",
+        drain_timeout_s=serve.drain_timeout,
+    )
+    listening = bound_socket(options)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_http(options, listening, lambda at: say(f"serving on {at}")))
+    close_logs()
+    return 0
