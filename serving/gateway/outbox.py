@@ -82,25 +82,31 @@ class Lane:
 
     def on_piece(self, choice: Choice, piece: Piece) -> None:
         """Put it behind what waits of the same choice."""
+        is_done = choice.request.is_done
         if self._is_given_up:
+            if is_done:  # before it could be ended for that
+                self.refuse(_too_slow())
             return
         if self._num_taken != self._outbox.num_taken:
             self._num_taken = self._outbox.num_taken
             self._num_bytes = 0
             self._waiting.clear()
-        elif self._num_bytes > MAX_WAITING_BYTES:
-            self._give_up(choice.request)
+        elif self._num_bytes > MAX_WAITING_BYTES and not is_done:
+            self._is_given_up = True
+            # Not at once: whoever brings this piece is not done with the request.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._on_slow, choice.request, _too_slow())
             return
         delta = self._waiting.get(choice.index)
         # Those of other answers may stand behind the one that waits, and the summary comes last.
-        is_last_of_several = choice.request.is_done and len(self._waiting) > 1
+        is_last_of_several = is_done and len(self._waiting) > 1
         if delta is None or len(delta.text) > _MERGED_CHARACTERS or is_last_of_several:
             delta = self._new_delta(choice)
         add_piece(delta, choice, piece)
         self._num_bytes += len(piece.text) + _PIECE_BYTES + _TOKEN_BYTES * len(piece.token_ids)
         for position in piece.logprobs:
             self._num_bytes += _LOGPROB_BYTES * (1 + len(position.top_ids))
-        if choice.request.is_done:
+        if is_done:
             self._on_done(self._id)
 
     def on_error(self, _: OpenRequest, error: QuireError) -> None:
@@ -126,14 +132,9 @@ class Lane:
             delta.request_id = choice.request.terms.request_id
         return delta
 
-    def _give_up(self, request: OpenRequest) -> None:
-        self._is_given_up = True
-        error = SlowReader(
-            f"more than {MAX_WAITING_BYTES >> 10} KiB of the answer were not read; read faster, or "
-            "ask for less"
-        )
-        if request.is_done:
-            self.refuse(error)
-        else:
-            # Not at once: whoever brings this piece is not done with the request.
-            asyncio.get_running_loop().call_soon(self._on_slow, request, error)
+
+def _too_slow() -> SlowReader:
+    return SlowReader(
+        f"more than {MAX_WAITING_BYTES >> 10} KiB of the answer were not read; read faster, or ask "
+        "for less"
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ...engine.errors import EngineUnavailable
+from ...engine.errors import EngineUnavailable, SlowReader
 from ...protos.quire.v1 import inference_pb2 as pb
 from ...protos.quire.v1 import inference_pb2_grpc
 
@@ -34,6 +34,8 @@ _CHANNEL_OPTIONS = (
 )
 _SERVICE = "quire.v1.Inference"
 _RECONNECT_S = 0.1
+# About 256 KiB of text that was not taken.
+MAX_WAITING_EVENTS = 16384
 _CALL_TIMEOUT_S = 30.0
 _UNAVAILABLE: int = grpc.StatusCode.UNAVAILABLE.value[0]
 
@@ -57,11 +59,17 @@ class Answers:
         self._events: list[tuple[int, pb.SessionEvent]] = []
         self._waiter: asyncio.Future[None] | None = None
         self._num_ended = 0
+        self.is_overrun = False  # nobody took the events, so the requests were ended
 
     @property
     def num_open(self) -> int:
         """Requests whose last event has not been put in."""
         return len(self._index_by_id) - self._num_ended
+
+    @property
+    def has_events(self) -> bool:
+        """take() would not wait."""
+        return bool(self._events)
 
     def submit(self, request: AnyRequest) -> None:
         """Start one more request. Raises EngineUnavailable."""
@@ -70,8 +78,10 @@ class Answers:
 
     async def take(self) -> list[tuple[int, pb.SessionEvent]]:
         """What has come since the last call, at least one event, each with the number of its
-        request in the order of submit().
+        request in the order of submit(). Raises SlowReader.
         """
+        if self.is_overrun:
+            raise SlowReader("the answer was not read; read faster, or ask for less")
         if not self._events:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -87,6 +97,10 @@ class Answers:
 
     def _put(self, event: pb.SessionEvent, *, is_last: bool) -> None:
         self._num_ended += is_last
+        if len(self._events) > MAX_WAITING_EVENTS:
+            self.is_overrun = True
+            self.close()
+            return
         self._events.append((self._index_by_id[event.id], event))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -20,6 +20,8 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_BODY_BYTES = 32 << 20
 # From the head of a request to the end of its body.
 BODY_TIMEOUT_S = 60.0
+# A part of a stream that the client does not read in this time ends its call.
+WRITE_TIMEOUT_S = 30.0
 
 
 class ClientGone(Exception):
@@ -112,10 +114,18 @@ async def send_events(send: Send, events: AsyncIterator[bytes], headers: Mapping
         **headers,
     }
     await send({"type": "http.response.start", "status": 200, "headers": encoded(named)})
-    await send({"type": "http.response.body", "body": first, "more_body": True})
+    await _send_part(send, first)
     async for body in events:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await _send_part(send, body)
     await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_part(send: Send, body: bytes) -> None:
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+    except TimeoutError:
+        raise ClientGone from None
 
 
 async def unless_client_goes(receive: Receive, work: Awaitable[None]) -> None:

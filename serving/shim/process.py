@@ -11,6 +11,7 @@ import uvicorn
 from ...engine.errors import ConfigError
 from .app import make_app
 from .engine import Engine, EngineAddress
+from .protocol import BoundedProtocol
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ async def serve_http(
         uvicorn.Config(
             app,
             loop="none",  # the caller's
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -76,7 +76,7 @@ class Call:
 
     async def whole(self) -> JsonObject:
         """The body of the answer. Raises HttpError."""
-        while self._answers.num_open:
+        while self._answers.num_open or self._answers.has_events:
             for number, one in await self._answers.take():
                 choice = self._choice_of(number, one)
                 self._note(number, choice, one.delta)
@@ -119,7 +119,7 @@ class Call:
         """
         has_begun = False
         try:
-            while self._answers.num_open:
+            while self._answers.num_open or self._answers.has_events:
                 events = await self._answers.take()
                 body = b"".join([self._chunks(number, one) for number, one in events])
                 if body:
