@@ -8,28 +8,26 @@ import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import grpc
-from starlette.applications import Starlette
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from ...engine.errors import EngineUnavailable
 from ..keys import bearer_key
 from .engine import Engine
-from .http import ClientGone, Message, Receive, Scope, Send, encoded, header, send_json
+from .http import ClientGone, Receive, Reply, Scope, Send, header
 from .openai.errors import HttpError
 from .openai.routes import OpenAI
 from .server_routes import ServerRoutes
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[Scope, Receive, Send, str | None], Awaitable[None]]
+Handler = Callable[[Scope, Receive, Reply, str | None], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> Starlette:
+def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> Router:
     """The application in front of an engine, which is followed by whoever runs the application.
 
     has_key: the engine wants keys, so a call without one is refused here. refuses_unknown: fields
@@ -39,10 +37,11 @@ def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> 
     server = ServerRoutes(engine)
 
     def route(method: str, path: str, handler: Handler, *, is_open: bool = False) -> Route:
-        guarded = Guarded(handler, needs_key=has_key and not is_open)
-        return Route(path, endpoint=guarded, methods=[method])
+        guarded = Guarded(handler, method, needs_key=has_key and not is_open)
+        return Route(path, endpoint=guarded)
 
-    return Starlette(
+    # Without Starlette's middleware, which would stand in the way of every part of a stream.
+    return Router(
         routes=[
             route("POST", "/v1/chat/completions", openai.chat_completions),
             route("POST", "/v1/completions", openai.completions),
@@ -56,45 +55,44 @@ def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> 
             route("GET", "/ready", server.health, is_open=True),
             route("GET", "/ping", server.health, is_open=True),
         ],
-        exception_handlers={404: _not_found, 405: _wrong_method},
+        default=Guarded(_no_route, None, needs_key=False),
+        redirect_slashes=False,
     )
 
 
 class Guarded:
-    """One route: the caller's key, a request id, and errors in the dialect's shape."""
+    """One route: its method, the caller's key, a request id, and errors in the dialect's shape."""
 
-    def __init__(self, handler: Handler, *, needs_key: bool) -> None:
+    def __init__(self, handler: Handler, method: str | None, *, needs_key: bool) -> None:
+        """method: the one that it takes; None is any."""
         self._handler = handler
+        self._method = method
         self._needs_key = needs_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = secrets.token_hex(12)
-        started = False
-
-        async def sending(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] += encoded({"x-request-id": request_id})
-            await send(message)
-
+        reply = Reply(send, secrets.token_hex(12))
         try:
-            request_id = _request_id(scope) or request_id
-            scope.setdefault("state", {})["request_id"] = request_id
+            reply.request_id = _request_id(scope) or reply.request_id
+            if self._method not in (None, scope["method"]):
+                raise HttpError(
+                    405,
+                    f"{scope['path'][:200]} takes {self._method}, not {scope['method'][:20]}",
+                    type="invalid_request_error",
+                )
             key = _key_of(scope)
             if key is None and self._needs_key:
                 raise HttpError.of_code(
                     grpc.StatusCode.UNAUTHENTICATED,
                     "no key was sent; send the header Authorization: Bearer KEY",
                 )
-            await self._handler(scope, receive, sending, key)
+            await self._handler(scope, receive, reply, key)
         except ClientGone:
             return
         except Exception as error:
-            if started:
+            if reply.has_started:
                 raise  # the server closes the connection: half an answer must not look whole
             answer = as_http_error(error)
-            await send_json(sending, answer.body, answer.status, answer.headers)
+            await reply.json(answer.body, answer.status, answer.headers)
 
 
 def as_http_error(error: Exception) -> HttpError:
@@ -133,19 +131,6 @@ def _request_id(scope: Scope) -> str | None:
     return given
 
 
-async def _not_found(request: Any, _: Exception) -> Any:
-    return _answer(404, f"there is no route {request.url.path[:200]}", "not_found_error")
-
-
-async def _wrong_method(request: Any, _: Exception) -> Any:
-    message = f"{request.url.path[:200]} does not take {request.method[:20]}"
-    return _answer(405, message, "invalid_request_error")
-
-
-def _answer(status: int, message: str, kind: str) -> Callable[..., Awaitable[None]]:
-    error = HttpError(status, message, type=kind)
-
-    async def answer(_: Scope, __: Receive, send: Send) -> None:
-        await send_json(send, error.body, status)
-
-    return answer
+async def _no_route(scope: Scope, _: Receive, __: Reply, ___: str | None) -> None:
+    path = scope["path"][:200]
+    raise HttpError(404, f"there is no route {path}", type="not_found_error")

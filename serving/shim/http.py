@@ -24,6 +24,13 @@ BODY_TIMEOUT_S = 60.0
 WRITE_TIMEOUT_S = 30.0
 
 
+_EVENT_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # a proxy that gathers them would undo the streaming
+}
+
+
 class ClientGone(Exception):
     """Nobody reads the answer any more."""
 
@@ -84,48 +91,93 @@ async def _read_body(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
-async def send_json(
-    send: Send, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None
-) -> None:
-    await send_bytes(send, orjson.dumps(payload), "application/json", status, headers)
+class Reply:
+    """The answer to one request, whole or as it comes."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self.has_started = False
+
+    async def json(
+        self, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        await self.raw(orjson.dumps(payload), "application/json", status, headers)
+
+    async def raw(
+        self,
+        body: bytes,
+        content_type: str,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        named = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
+        await self._start(status, named)
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def events(self, events: AsyncIterator[bytes]) -> None:
+        """Server-sent events as they come. Nothing is sent before the first one is there, so what
+        goes wrong before is still a status of its own. Raises ClientGone for one who does not read.
+        """
+        first = await anext(events)
+        await self._start(200, _EVENT_HEADERS)
+        with _Progress() as progress:
+            await self._part(first)
+            async for body in events:
+                progress.begin()
+                await self._part(body)
+                progress.end()
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _part(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.has_started = True
+        encoded = [
+            (name.encode("latin-1"), value.encode("latin-1"))
+            for name, value in (*headers.items(), ("x-request-id", self.request_id))
+        ]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
 
-async def send_bytes(
-    send: Send,
-    body: bytes,
-    content_type: str,
-    status: int = 200,
-    headers: Mapping[str, str] | None = None,
-) -> None:
-    named = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
-    await send({"type": "http.response.start", "status": status, "headers": encoded(named)})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def send_events(send: Send, events: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
-    """Server-sent events as they come. Nothing is sent before the first one is there, so what goes
-    wrong before is still a status of its own.
+class _Progress:
+    """Ends the task that is in its `with` with ClientGone when one part is not taken in time. One
+    timer now and then is cheaper than one for each part.
     """
-    first = await anext(events)
-    named = {
-        "content-type": "text/event-stream; charset=utf-8",
-        "cache-control": "no-cache",
-        "x-accel-buffering": "no",  # a proxy that gathers them would undo the streaming
-        **headers,
-    }
-    await send({"type": "http.response.start", "status": 200, "headers": encoded(named)})
-    await _send_part(send, first)
-    async for body in events:
-        await _send_part(send, body)
-    await send({"type": "http.response.body", "body": b""})
 
+    def __init__(self) -> None:
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self._num_begun = 0
+        self._num_ended = 0
+        self._num_seen = 0
+        self._is_stuck = False
 
-async def _send_part(send: Send, body: bytes) -> None:
-    try:
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-    except TimeoutError:
-        raise ClientGone from None
+    def begin(self) -> None:
+        self._num_begun += 1
+
+    def end(self) -> None:
+        self._num_ended += 1
+
+    def __enter__(self) -> "_Progress":
+        self._timer = self._loop.call_later(WRITE_TIMEOUT_S, self._look)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._is_stuck and kind is asyncio.CancelledError and self._task is not None:
+            self._task.uncancel()
+            raise ClientGone
+
+    def _look(self) -> None:
+        is_sending = self._num_begun > self._num_ended
+        if is_sending and self._num_begun == self._num_seen and self._task is not None:
+            self._is_stuck = True
+            self._task.cancel()
+            return
+        self._num_seen = self._num_begun if is_sending else 0
+        self._timer = self._loop.call_later(WRITE_TIMEOUT_S, self._look)
 
 
 async def unless_client_goes(receive: Receive, work: Awaitable[None]) -> None:
@@ -146,7 +198,3 @@ async def unless_client_goes(receive: Receive, work: Awaitable[None]) -> None:
         for task in (working, watching):
             task.cancel()
         await asyncio.gather(working, watching, return_exceptions=True)
-
-
-def encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]

@@ -66,4 +66,3 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.write(_REFUSALS[status])
             self.transport.close()
-

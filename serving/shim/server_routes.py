@@ -7,7 +7,7 @@ import orjson
 from ... import __version__
 from ...protos.quire.v1 import inference_pb2 as pb
 from .engine import Engine
-from .http import Receive, Scope, Send, read_json_object, send_bytes, send_json
+from .http import Receive, Reply, Scope, read_json_object
 from .openai.errors import HttpError
 from .openai.requests import message_of
 
@@ -21,24 +21,24 @@ class ServerRoutes:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def health(self, _: Scope, __: Receive, send: Send, ___: str | None) -> None:
+    async def health(self, _: Scope, __: Receive, reply: Reply, ___: str | None) -> None:
         """200 exactly when the engine serves."""
         if await self._engine.is_serving(_HEALTH_TIMEOUT_S):
-            await send_json(send, {"status": "ok"})
+            await reply.json({"status": "ok"})
         else:
             why = {"status": "the engine is starting, stuck, stopping or gone"}
-            await send_json(send, why, 503, {"retry-after": "1"})
+            await reply.json(why, 503, {"retry-after": "1"})
 
-    async def version(self, _: Scope, __: Receive, send: Send, key: str | None) -> None:
+    async def version(self, _: Scope, __: Receive, reply: Reply, key: str | None) -> None:
         # Asked of the engine, which knows the keys.
         await self._engine.call(self._engine.stub.GetServerInfo, pb.GetServerInfoRequest(), key)
-        await send_json(send, {"version": __version__})
+        await reply.json({"version": __version__})
 
-    async def metrics(self, _: Scope, __: Receive, send: Send, key: str | None) -> None:
+    async def metrics(self, _: Scope, __: Receive, reply: Reply, key: str | None) -> None:
         found = await self._engine.call(self._engine.stub.GetMetrics, pb.GetMetricsRequest(), key)
-        await send_bytes(send, found.text.encode(), _METRICS_TYPE)
+        await reply.raw(found.text.encode(), _METRICS_TYPE)
 
-    async def tokenize(self, scope: Scope, receive: Receive, send: Send, key: str | None) -> None:
+    async def tokenize(self, scope: Scope, receive: Receive, reply: Reply, key: str | None) -> None:
         """vLLM's {prompt} or {messages}."""
         body = await read_json_object(scope, receive)
         known = ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt")
@@ -62,8 +62,7 @@ class ServerRoutes:
         texts = None
         if _flag(body, "return_token_strs", False):
             texts = [(await self._detokenized([token], key)) for token in tokens]
-        await send_json(
-            send,
+        await reply.json(
             {
                 "count": len(tokens),
                 "max_model_len": found.max_model_len,
@@ -72,7 +71,9 @@ class ServerRoutes:
             },
         )
 
-    async def detokenize(self, scope: Scope, receive: Receive, send: Send, key: str | None) -> None:
+    async def detokenize(
+        self, scope: Scope, receive: Receive, reply: Reply, key: str | None
+    ) -> None:
         """vLLM's, llama-server's and SGLang's clients each look for another name of the text."""
         body = await read_json_object(scope, receive)
         _refuse_unknown(body, ("model", "tokens"))
@@ -84,7 +85,7 @@ class ServerRoutes:
                 "tokens must be a list of token ids", param="tokens", code="invalid_value"
             )
         text = await self._detokenized(tokens, key, _text(body, "model") or "")
-        await send_json(send, {"prompt": text, "content": text, "text": text})
+        await reply.json({"prompt": text, "content": text, "text": text})
 
     async def _detokenized(self, tokens: list[int], key: str | None, model: str = "") -> str:
         request = pb.DetokenizeRequest(model=model, token_ids=tokens, skip_special_tokens=False)

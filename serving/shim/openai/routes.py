@@ -8,15 +8,7 @@ from pydantic import ValidationError
 
 from ....protos.quire.v1 import inference_pb2 as pb
 from ..engine import AnyRequest, Engine
-from ..http import (
-    Receive,
-    Scope,
-    Send,
-    read_json_object,
-    send_events,
-    send_json,
-    unless_client_goes,
-)
+from ..http import Receive, Reply, Scope, read_json_object, unless_client_goes
 from .answers import CHAT, COMPLETION, Head, Shape
 from .calls import Call, Wants
 from .errors import HttpError
@@ -34,13 +26,13 @@ class OpenAI:
         self._refuses_unknown = refuses_unknown
 
     async def chat_completions(
-        self, scope: Scope, receive: Receive, send: Send, key: str | None
+        self, scope: Scope, receive: Receive, reply: Reply, key: str | None
     ) -> None:
         body = self._read(ChatBody, await read_json_object(scope, receive))
-        await self._answer((scope, receive, send), CHAT, body, [chat_request(body)], key)
+        await self._answer((scope, receive, reply), CHAT, body, [chat_request(body)], key)
 
     async def completions(
-        self, scope: Scope, receive: Receive, send: Send, key: str | None
+        self, scope: Scope, receive: Receive, reply: Reply, key: str | None
     ) -> None:
         body = self._read(CompletionBody, await read_json_object(scope, receive))
         requests = completion_requests(body)
@@ -50,17 +42,17 @@ class OpenAI:
                 "them in several calls",
                 param="prompt",
             )
-        await self._answer((scope, receive, send), COMPLETION, body, requests, key)
+        await self._answer((scope, receive, reply), COMPLETION, body, requests, key)
 
-    async def models(self, scope: Scope, receive: Receive, send: Send, key: str | None) -> None:
+    async def models(self, scope: Scope, receive: Receive, reply: Reply, key: str | None) -> None:
         found = await self._listed(key)
-        await send_json(send, {"object": "list", "data": found})
+        await reply.json({"object": "list", "data": found})
 
-    async def model(self, scope: Scope, receive: Receive, send: Send, key: str | None) -> None:
+    async def model(self, scope: Scope, receive: Receive, reply: Reply, key: str | None) -> None:
         name = scope["path_params"]["name"]
         for one in await self._listed(key):
             if one["id"] == name:
-                await send_json(send, one)
+                await reply.json(one)
                 return
         raise HttpError.of_code(
             grpc.StatusCode.NOT_FOUND, f"the model {name!r:.200} is not served here", "model"
@@ -84,26 +76,25 @@ class OpenAI:
 
     async def _answer(
         self,
-        connection: tuple[Scope, Receive, Send],
+        connection: tuple[Scope, Receive, Reply],
         shape: Shape,
         body: ChatBody | CompletionBody,
         requests: Sequence[AnyRequest],
         key: str | None,
     ) -> None:
-        scope, receive, send = connection
-        head = Head(shape, scope["state"]["request_id"], body.model or await self._default(key))
+        _, receive, reply = connection
+        head = Head(shape, reply.request_id, body.model or await self._default(key))
         answers = self._engine.open(key)
         try:
             for request in requests:
                 answers.submit(request)
             call = Call(head, Wants.of(body), answers)
             if body.stream:
-                work = send_events(send, call.stream(), {})
-                await unless_client_goes(receive, work)
+                await unless_client_goes(receive, reply.events(call.stream()))
             else:
 
                 async def whole() -> None:
-                    await send_json(send, await call.whole())
+                    await reply.json(await call.whole())
 
                 await unless_client_goes(receive, whole())
         finally:
