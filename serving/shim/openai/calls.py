@@ -11,6 +11,7 @@ from ....protos.quire.v1 import inference_pb2 as pb
 from ..engine import Answers
 from . import answers as shapes
 from .answers import DONE, Head, JsonObject, Splicer, event
+from .echo import Echo
 from .errors import HttpError
 from .requests import ChatBody, CompletionBody
 
@@ -28,10 +29,11 @@ class Wants:
     token_ids: bool = False
     usage: bool = False
     running_usage: bool = False
-    prompt_texts: list[str] | None = None  # to be echoed
+    echoes: list[Echo] = field(default_factory=list)  # of each prompt, if wanted
+    only_echo: bool = False  # the answer's own tokens are not wanted
 
     @classmethod
-    def of(cls, body: ChatBody | CompletionBody) -> "Wants":
+    def of(cls, body: ChatBody | CompletionBody, echoes: list[Echo]) -> "Wants":
         options = body.stream_options
         is_chat = isinstance(body, ChatBody)
         top = body.top_logprobs if isinstance(body, ChatBody) else body.logprobs
@@ -44,6 +46,8 @@ class Wants:
             token_ids=bool(body.return_token_ids),
             usage=wants_usage,
             running_usage=wants_usage and bool(options and options.continuous_usage_stats),
+            echoes=echoes,
+            only_echo=bool(echoes) and body.max_tokens == 0,
         )
 
 
@@ -89,7 +93,7 @@ class Call:
             "usage": shapes.usage(list(self._summaries.values())),
         }
         if self._head.shape.is_chat and self._prompt_logprobs:
-            payload["prompt_logprobs"] = self._prompt_logprobs[0]
+            payload["prompt_logprobs"] = shapes.prompt_logprobs(self._prompt_logprobs[0])
         return payload
 
     def _whole_choice(self, choice: _Choice) -> JsonObject:
@@ -98,14 +102,16 @@ class Call:
         logprobs = None
         if self._wants.has_logprobs:
             logprobs = self._logprobs(choice.positions, 0)
+        if self._wants.echoes:
+            text, logprobs = self._echoed(choice, text, logprobs)
         made: JsonObject = {"index": choice.index}
         if self._head.shape.is_chat:
             made["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             made["text"] = text
             number = choice.index // self._wants.num_choices
-            if number in self._prompt_logprobs:
-                made["prompt_logprobs"] = self._prompt_logprobs[number]
+            if number in self._prompt_logprobs and not self._wants.echoes:
+                made["prompt_logprobs"] = shapes.prompt_logprobs(self._prompt_logprobs[number])
         made |= self._ending(choice.last, logprobs)
         if self._wants.token_ids:
             made["token_ids"] = choice.token_ids
@@ -145,10 +151,18 @@ class Call:
             choice.splicer = Splicer(self._head, choice.index, has_usage=self._wants.usage)
             if self._head.shape.is_chat:
                 made = self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
+            elif self._wants.echoes:
+                self._note(number, choice, delta)
+                text, logprobs = self._echoed(choice, "", None)
+                choice.num_characters = len(text)
+                made = self._chunk(choice, {"text": text, "logprobs": logprobs})
         if self._is_plain(delta):
             assert choice.splicer is not None
             return made + choice.splicer.chunk(delta.text)
         choice.token_ids += delta.token_ids
+        if self._wants.only_echo:
+            delta.ClearField("text")
+            delta.ClearField("logprobs")
         if delta.text or delta.logprobs or (self._wants.token_ids and delta.token_ids):
             made += self._text_chunk(choice, delta)
         self._note(number, choice, delta)
@@ -187,6 +201,32 @@ class Call:
 
     # Both
 
+    def _echoed(
+        self, choice: _Choice, text: str, logprobs: JsonObject | None
+    ) -> tuple[str, JsonObject | None]:
+        """A text and its logprobs behind those of the prompt."""
+        number = choice.index // self._wants.num_choices
+        echo = self._wants.echoes[number]
+        text = echo.text if self._wants.only_echo else echo.text + text
+        if not self._wants.has_logprobs:
+            return text, None
+        positions = self._prompt_logprobs[number].positions
+        before = shapes.completion_logprobs(positions, 0, as_ids=self._wants.as_ids)
+        first = f"token_id:{echo.token_ids[0]}" if self._wants.as_ids else echo.first_token
+        width = len(echo.first_token)
+        offsets = [0, *(offset + width for offset in before["text_offset"])]
+        after: JsonObject = {name: [] for name in before}
+        if logprobs is not None and not self._wants.only_echo:
+            after = logprobs | {
+                "text_offset": [offset + len(echo.text) for offset in logprobs["text_offset"]]
+            }
+        return text, {
+            "tokens": [first, *before["tokens"], *after["tokens"]],
+            "token_logprobs": [None, *before["token_logprobs"], *after["token_logprobs"]],
+            "top_logprobs": [None, *before["top_logprobs"], *after["top_logprobs"]],
+            "text_offset": [*offsets, *after["text_offset"]],
+        }
+
     def _choice_of(self, number: int, one: pb.SessionEvent) -> _Choice:
         """Where an event belongs. Raises HttpError for one that is an error."""
         if one.HasField("error"):
@@ -203,7 +243,7 @@ class Call:
         if delta.HasField("summary"):
             self._summaries[number] = delta.summary
         if delta.HasField("prompt_logprobs"):
-            self._prompt_logprobs[number] = shapes.prompt_logprobs(delta.prompt_logprobs)
+            self._prompt_logprobs[number] = delta.prompt_logprobs
 
     def _logprobs(self, positions: Any, offset: int) -> JsonObject:
         wants = self._wants

@@ -142,10 +142,14 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
     return request
 
 
-def completion_requests(body: CompletionBody) -> list[pb.GenerateRequest]:
+def completion_requests(
+    body: CompletionBody, prompts: list[str] | list[list[int]]
+) -> list[pb.GenerateRequest]:
     """One for each prompt. Raises HttpError."""
+    if body.echo and body.max_tokens == 0:
+        body = body.model_copy(update={"max_tokens": 1})  # one is computed and not shown
     requests = []
-    for prompt in prompts_of(body):
+    for prompt in prompts:
         request = pb.GenerateRequest()
         if isinstance(prompt, str):
             request.text = prompt
@@ -156,6 +160,8 @@ def completion_requests(body: CompletionBody) -> list[pb.GenerateRequest]:
             request.sampling_params.max_tokens = 16  # OpenAI's default
         if body.logprobs is not None:
             _set(request.sampling_params, "logprobs", body.logprobs)
+            if body.echo:
+                _set(request.sampling_params, "prompt_logprobs", body.logprobs)
         _fill_envelope(request, body)
         requests.append(request)
     return requests

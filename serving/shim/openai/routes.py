@@ -11,9 +11,17 @@ from ..engine import AnyRequest, Engine
 from ..http import Receive, Reply, Scope, read_json_object, unless_client_goes
 from .answers import CHAT, COMPLETION, Head, Shape
 from .calls import Call, Wants
+from .echo import echoes_of
 from .errors import HttpError
 from .fields import check_rest
-from .requests import ChatBody, CompletionBody, Sampling, chat_request, completion_requests
+from .requests import (
+    ChatBody,
+    CompletionBody,
+    Sampling,
+    chat_request,
+    completion_requests,
+    prompts_of,
+)
 
 MAX_PROMPTS = 1024
 
@@ -29,20 +37,26 @@ class OpenAI:
         self, scope: Scope, receive: Receive, reply: Reply, key: str | None
     ) -> None:
         body = self._read(ChatBody, await read_json_object(scope, receive))
-        await self._answer((scope, receive, reply), CHAT, body, [chat_request(body)], key)
+        wants = Wants.of(body, [])
+        await self._answer((receive, reply), CHAT, body, wants, [chat_request(body)], key)
 
     async def completions(
         self, scope: Scope, receive: Receive, reply: Reply, key: str | None
     ) -> None:
         body = self._read(CompletionBody, await read_json_object(scope, receive))
-        requests = completion_requests(body)
-        if len(requests) > MAX_PROMPTS:
+        prompts = prompts_of(body)
+        if len(prompts) > MAX_PROMPTS:
             raise HttpError.bad_request(
-                f"prompt has {len(requests)} entries, at most {MAX_PROMPTS} are allowed; send "
-                "them in several calls",
+                f"prompt has {len(prompts)} entries, at most {MAX_PROMPTS} are allowed; send them "
+                "in several calls",
                 param="prompt",
             )
-        await self._answer((scope, receive, reply), COMPLETION, body, requests, key)
+        echoes = await echoes_of(body, self._engine, key) if body.echo else []
+        if echoes:
+            prompts = [echo.token_ids for echo in echoes]
+        requests = completion_requests(body, prompts)
+        wants = Wants.of(body, echoes)
+        await self._answer((receive, reply), COMPLETION, body, wants, requests, key)
 
     async def models(self, scope: Scope, receive: Receive, reply: Reply, key: str | None) -> None:
         found = await self._listed(key)
@@ -76,19 +90,20 @@ class OpenAI:
 
     async def _answer(
         self,
-        connection: tuple[Scope, Receive, Reply],
+        connection: tuple[Receive, Reply],
         shape: Shape,
         body: ChatBody | CompletionBody,
+        wants: Wants,
         requests: Sequence[AnyRequest],
         key: str | None,
     ) -> None:
-        _, receive, reply = connection
+        receive, reply = connection
         head = Head(shape, reply.request_id, body.model or await self._default(key))
         answers = self._engine.open(key)
         try:
             for request in requests:
                 answers.submit(request)
-            call = Call(head, Wants.of(body), answers)
+            call = Call(head, wants, answers)
             if body.stream:
                 await unless_client_goes(receive, reply.events(call.stream()))
             else:
