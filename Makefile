@@ -5,12 +5,23 @@ PYTHON := $(shell for p in python3.13 python3.12 python3; do \
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: protos demo test test-slow check format wheel-test bench clean
+.PHONY: protos demo examples node test test-slow check format wheel-test bench clean
 
 demo: .venv/installed
 	@printf '%s\n' '/set temperature 0' 'Hello!' 'What is 23 + 58?' \
 	  'What is the capital of France?' 'Name: Ann, age: 30' '안녕하세요' /clear 'Tell me a story.' /stats \
 	  | $(BIN)/quire chat
+
+# As a reader of examples/*/README.md does it; quire's own environment only runs the server.
+examples: node .venv/installed .venv-examples/installed examples/typescript/node_modules/.package-lock.json
+	cd examples/python && ../../.venv-examples/bin/python -m grpc_tools.protoc -I ../../protos/quire/v1 \
+	  --python_out=. --pyi_out=. --grpc_python_out=. inference.proto
+	cd examples/typescript && npm run --silent build
+	$(BIN)/python examples/run.py
+
+node:
+	@node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' 2>/dev/null && npm --version >/dev/null 2>&1 || \
+	  { echo "make examples needs Node >= 20 with npm, for examples/typescript: install them and run make again"; exit 1; }
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
@@ -59,5 +70,16 @@ bench: .venv/installed
 	.venv-protos/bin/python -m pip install -q --disable-pip-version-check grpcio-tools==1.76.0 setuptools
 	@touch $@
 
+.venv-examples/installed: examples/python/requirements.txt
+	@test -n "$(PYTHON)" || { echo "quire needs Python >= 3.12: install python3.12 and run make again"; exit 1; }
+	test -x .venv-examples/bin/python || $(PYTHON) -m venv .venv-examples
+	.venv-examples/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
+examples/typescript/node_modules/.package-lock.json: examples/typescript/package-lock.json
+	cd examples/typescript && npm ci --loglevel=error
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-protos build dist *.egg-info
+	rm -rf .venv .venv-protos .venv-examples build dist *.egg-info
+	rm -rf examples/python/inference_pb2* examples/typescript/node_modules examples/typescript/dist examples/typescript/src/generated

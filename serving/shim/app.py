@@ -51,6 +51,7 @@ def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> 
             route("POST", "/detokenize", server.detokenize),
             route("GET", "/version", server.version),
             route("GET", "/metrics", server.metrics),
+            route("GET", "/openapi.json", server.openapi, is_open=True),
             route("GET", "/health", server.health, is_open=True),
             route("GET", "/ready", server.health, is_open=True),
             route("GET", "/ping", server.health, is_open=True),

@@ -10,6 +10,7 @@ from .engine import Engine
 from .http import Receive, Reply, Scope, read_json_object
 from .openai.errors import HttpError
 from .openai.requests import message_of
+from .openapi import document
 
 _HEALTH_TIMEOUT_S = 2.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -37,6 +38,9 @@ class ServerRoutes:
     async def metrics(self, _: Scope, __: Receive, reply: Reply, key: str | None) -> None:
         found = await self._engine.call(self._engine.stub.GetMetrics, pb.GetMetricsRequest(), key)
         await reply.raw(found.text.encode(), _METRICS_TYPE)
+
+    async def openapi(self, _: Scope, __: Receive, reply: Reply, ___: str | None) -> None:
+        await reply.json(document())
 
     async def tokenize(self, scope: Scope, receive: Receive, reply: Reply, key: str | None) -> None:
         """vLLM's {prompt} or {messages}."""
