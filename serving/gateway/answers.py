@@ -50,7 +50,7 @@ def set_summary(summary: inference_pb2.Summary, request: OpenRequest) -> None:
     summary.usage.prompt_tokens = len(request.text.prompt_token_ids)
     summary.usage.completion_tokens = request.num_output_tokens
     summary.usage.cached_tokens = request.num_cached
-    summary.timing.queue_ns = max(0, times.admitted - times.arrived)
+    summary.timing.queue_ns = max(0, (times.admitted or times.ended) - times.arrived)
     summary.timing.first_token_ns = max(0, times.first_token - times.arrived)
     summary.timing.total_ns = max(0, times.ended - times.arrived)
     summary.seed = request.terms.seed

@@ -1,7 +1,7 @@
 """Who calls: bearer keys, and what is derived from them.
 
-Knows keys and metadata; which rpc needs a key is the server's. A tenant is a keyed hash of a key:
-the key itself is kept nowhere.
+Knows keys and metadata; which rpc needs a key is the server's. A tenant is a keyed hash of a key,
+and that is what everything behind this file sees.
 """
 
 import hashlib

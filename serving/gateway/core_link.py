@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from ...engine.answer_reader import Piece
 from ...engine.core_io import StepOutput
 from ...engine.errors import (
+    DeadlinePassed,
     EngineError,
     EngineStopped,
     EngineUnavailable,
@@ -99,7 +100,8 @@ class CoreLink:
 
     def fail(self, request: OpenRequest, error: QuireError) -> None:
         """End a request without last pieces."""
-        request.ended_by = FinishReason.ERROR.value
+        is_callers = isinstance(error, SlowReader | DeadlinePassed)
+        request.ended_by = (FinishReason.ABORT if is_callers else FinishReason.ERROR).value
         if self._drop(request):
             self._metrics.num_cancelled_slow += isinstance(error, SlowReader)
             request.sink.on_error(request, error)

@@ -13,6 +13,7 @@ from ...engine.errors import AuthenticationError, ConfigError
 from ...protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from ..config import ServeConfig
 from .callers import Callers
+from .decoding import DecodingInterceptor
 from .health import Health
 from .service import InferenceService
 from .statuses import abort
@@ -62,7 +63,8 @@ def make_listener(
     config: ServeConfig, service: InferenceService, health: Health, keys: KeyInterceptor
 ) -> tuple[grpc.aio.Server, str]:
     """A server to be started, and the address that it is bound to. Raises ConfigError."""
-    server = grpc.aio.server(interceptors=[keys], options=_OPTIONS)
+    decoding = DecodingInterceptor(inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name)
+    server = grpc.aio.server(interceptors=[keys, decoding], options=_OPTIONS)
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     services = (inference_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)

@@ -68,6 +68,21 @@ def text_size(message: AnyRequest) -> int:
 
 def prepare(message: AnyRequest, served: Served) -> TextRequest:
     """The request, checked and encoded. Takes as long as encoding does. Raises RequestError."""
+    try:
+        return _prepared(message, served)
+    except RequestError as error:
+        if error.field in ("prompt", "prompt_token_ids"):  # LLM's names of what came here as …
+            error.field = _prompt_field(message)
+        raise
+
+
+def _prompt_field(message: AnyRequest) -> str:
+    if isinstance(message, inference_pb2.ChatRequest):
+        return "messages"
+    return message.WhichOneof("prompt") or "prompt"
+
+
+def _prepared(message: AnyRequest, served: Served) -> TextRequest:
     params = params_from_proto(message.sampling_params, served.files.default_sampling)
     if isinstance(message, inference_pb2.ChatRequest):
         prompt: Any = render(message, served.files)
@@ -137,6 +152,13 @@ def detokenize(message: inference_pb2.DetokenizeRequest, served: Served) -> str:
         raise RequestError(
             f"token_ids has {len(message.token_ids)} entries, at most {most} (the model's context) "
             "are allowed; send them in parts",
+            field="token_ids",
+        )
+    width = served.limits.logits_width
+    if message.token_ids and max(message.token_ids) >= width:
+        raise RequestError(
+            f"token_ids has {max(message.token_ids)}, but this model's token ids are 0 to "
+            f"{width - 1}",
             field="token_ids",
         )
     skips = not message.HasField("skip_special_tokens") or message.skip_special_tokens

@@ -89,7 +89,7 @@ class Registry:
             "output_tokens": num_tokens,
             "cached_tokens": request.num_cached,
             "finish_reason": request.ended_by,
-            "queue_ms": max(0, times.admitted - times.arrived) // 1_000_000,
+            "queue_ms": ((times.admitted or times.ended) - times.arrived) // 1_000_000,
             "first_token_ms": max(0, times.first_token - times.arrived) // 1_000_000,
             "total_ms": (times.ended - times.arrived) // 1_000_000,
             "resumed": request.num_resumes,

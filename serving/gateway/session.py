@@ -16,6 +16,9 @@ from .open_request import OpenRequest
 from .outbox import Lane, Outbox
 from .statuses import internal_error
 
+# Of what belongs to no request.
+_NO_ID = 0
+
 
 @dataclass
 class _Entry:
@@ -61,6 +64,11 @@ class Session:
                     self._submit(message.submit)
                 elif kind == "cancel":
                     self._forget(message.cancel.id)
+                else:
+                    error = RequestError("message is not set; send submit or cancel")
+                    self._end(_NO_ID, error)
+        except RequestError as error:  # a message that cannot be decoded: none after it is safe
+            self._end(_NO_ID, error)
         finally:
             self._is_reading = False
             self.outbox.wake()
@@ -78,6 +86,9 @@ class Session:
 
     def _submit(self, submit: inference_pb2.SessionSubmit) -> None:
         session_id = submit.id
+        if session_id == _NO_ID:
+            self._end(_NO_ID, RequestError("id is 0; give each request one from 1 on", field="id"))
+            return
         if session_id in self._entries:
             self._forget(session_id)
             error = RequestError(

@@ -43,8 +43,6 @@ _MAX_MESSAGE = 1000
 
 # What RequestError calls a field -> its name in the .proto, where they differ.
 _PROTO_NAMES = {
-    "prompt": "text",
-    "prompt_token_ids": "token_ids",
     "tools": "tools_json",
     "chat_template_kwargs": "chat_template_kwargs_json",
 }
