@@ -2,12 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Container, Sequence
 from typing import Any
 
 from ..engine.config import EngineConfig
 from .config import ServeConfig, check_bind, read_keys
 from .flags import add_flags, given_options
 from .http_config import HttpConfig
+from .say import say
+from .vllm_flags import translate_flags
 
 
 def add_engine(verbs: Any) -> None:
@@ -17,6 +20,7 @@ def add_engine(verbs: Any) -> None:
     add_flags(engine.add_argument_group("server"), ServeConfig)
     add_flags(engine.add_argument_group("engine"), EngineConfig, skip=("model",))
     engine.set_defaults(run=_run_engine)
+    engine.translate = _translated
 
 
 def add_serve(verbs: Any) -> None:
@@ -27,6 +31,14 @@ def add_serve(verbs: Any) -> None:
     add_flags(serve.add_argument_group("server"), ServeConfig)
     add_flags(serve.add_argument_group("engine"), EngineConfig, skip=("model",))
     serve.set_defaults(run=_run_serve)
+    serve.translate = _translated
+
+
+def _translated(arguments: Sequence[str], known: Container[str]) -> Sequence[str]:
+    translated = translate_flags(arguments, known)
+    for note in translated.notes:
+        say(note)
+    return translated.arguments
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +48,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="model folder or hub id; the embedded demo model if not given",
     )
+    # As vLLM's guides write it.
+    parser.add_argument("--model", dest="model", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _run_engine(arguments: argparse.Namespace) -> int:

@@ -7,10 +7,12 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..engine.errors import ConfigError
+
+Translate = Callable[[Sequence[str], Container[str]], Sequence[str]]
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,11 +20,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options | {"allow_abbrev": False})
+        self.translate: Translate | None = None  # of arguments, before they are read
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse what is left here, where the flags of the verb are known; a verb's leftovers would
         be reported by the parser above it.
         """
+        if self.translate is not None:
+            args = self.translate(args, self._option_string_actions)
         parsed, left = super().parse_known_args(args, namespace)
         if left:
             self.error(f"unrecognized arguments: {' '.join(left)}")

@@ -13,8 +13,6 @@ from .app import make_app
 from .engine import Engine, EngineAddress
 from .protocol import BoundedProtocol
 
-logger = logging.getLogger(__name__)
-
 _POLL_S = 0.02
 _READY_TIMEOUT_S = 2.0
 _BACKLOG = 2048
@@ -78,6 +76,7 @@ async def serve_http(
             timeout_graceful_shutdown=max(1, round(options.drain_timeout_s)),
         )
     )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its life is the supervisor's to tell
     following = asyncio.create_task(engine.run())
     telling = asyncio.create_task(_tell_ready(engine, server, listening, on_ready))
     try:

@@ -1,0 +1,151 @@
+"""What `quire serve` and `quire engine` do with the flags of vLLM's guides that are not ours.
+
+Renamed ones are mapped, ones that change nothing are passed over, ones that would are refused with
+the way out; each is said once. The tables are the whole rule; those of keywords that LLM(...) takes
+too are engine/vllm_options.py's.
+"""
+
+import json
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine.errors import ConfigError
+from ..engine.vllm_options import REFUSED, RENAMED, WITHOUT_EFFECT
+
+_SHORT = {
+    "-tp": "--tensor-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-q": "--quantization",
+}
+
+# Theirs -> ours; those of RENAMED besides.
+_ALIASES = {
+    "shutdown_timeout": "drain_timeout",
+    "uvicorn_log_level": "log_level",
+}
+
+# Flags without a value, so that what follows one is not taken for it.
+_SWITCHES = frozenset(
+    {
+        "async_scheduling",
+        "disable_custom_all_reduce",
+        "disable_log_requests",
+        "disable_log_stats",
+        "enable_auto_tool_choice",
+        "enable_chunked_prefill",
+        "enable_expert_parallel",
+        "enable_lora",
+        "enforce_eager",
+        "ray_workers_use_nsight",
+        "skip_tokenizer_init",
+        "trust_remote_code",
+        "use_tqdm_on_load",
+    }
+)
+
+_ONE_BACKEND = "there is one backend, and it is not there yet"
+_NO_TOOLS = "tool calls are not parsed yet"
+
+# Of servers only. name -> why, and what to do
+_REFUSED = {
+    "api_server_middleware": "put a reverse proxy in front of the server",
+    "middleware": "put a reverse proxy in front of the server",
+    "compilation_level": "shapes are planned; see --token-buckets",
+    "O": "shapes are planned; see --token-buckets",
+    "multi_step_stream_outputs": "the step loop is already one step ahead",
+    "ray_workers_use_nsight": "many hosts are not supported yet",
+    "enable_auto_tool_choice": _NO_TOOLS,
+    "tool_call_parser": _NO_TOOLS,
+    "reasoning_parser": "reasoning is not parsed yet; it is part of the text",
+    "structured_outputs_config": _ONE_BACKEND,
+    "otlp_traces_endpoint": "tracing is not there yet; see --metrics-port",
+    "lora_modules": "LoRA adapters are not implemented yet",
+    "max_loras": "LoRA adapters are not implemented yet",
+    "max_lora_rank": "LoRA adapters are not implemented yet",
+    "max_cpu_loras": "LoRA adapters are not implemented yet",
+    "lora_extra_vocab_size": "adapters with tokens of their own are not read",
+    "long_lora_scaling_factors": "adapters with factors of their own are not read",
+    "speculative_model": "speculative decoding is not implemented yet",
+    "num_speculative_tokens": "speculative decoding is not implemented yet",
+    "ngram_prompt_lookup_max": "speculative decoding is not implemented yet",
+    "ngram_prompt_lookup_min": "speculative decoding is not implemented yet",
+    "speculative_disable_by_batch_size": "speculative decoding is not implemented yet",
+    "speculative_draft_tensor_parallel_size": "speculative decoding is not implemented yet",
+    "kv_offloading_size": "pages are not moved to the host; preempted requests are recomputed",
+    "uds": "listening on a Unix socket is not available for HTTP; put a proxy in front",
+    "response_role": "the role is assistant",
+    "allowed_origins": "other origins are not allowed yet; put a reverse proxy in front",
+    "root_path": "put a reverse proxy in front that takes the path off",
+    "stream_interval": "every token is sent when it is there",
+    "config_format": "both styles of config.json are read; leave it out",
+    "decode_steps": "steps of several tokens are not implemented yet",
+    "cpu_threads": "set XLA_FLAGS, or limit the processors with taskset",
+}
+
+
+@dataclass
+class Translated:
+    """Arguments in our own flags, and what is to be said about those that were not."""
+
+    arguments: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def translate_flags(arguments: Sequence[str], known: Container[str]) -> Translated:
+    """known: our own flags, which pass. Raises ConfigError; unknown flags pass too, to be answered
+    with the nearest known one.
+    """
+    translated = Translated()
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        flag, equals, value = argument.partition("=")
+        flag = _SHORT.get(flag, flag)
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or flag in known:
+            translated.arguments.append(flag + equals + value)
+            continue
+        ours = (RENAMED | _ALIASES).get(name)
+        if ours is not None:
+            mapped = f"--{ours.replace('_', '-')}"
+            translated.arguments.append(mapped + equals + value)
+            translated.notes.append(f"{flag} is {mapped} here")
+            continue
+        has_value = bool(equals)
+        if not has_value and name not in _SWITCHES and left and not left[0].startswith("--"):
+            value, has_value = left[0], True
+        if _answer(flag, name, value if has_value else None, translated.notes):
+            if has_value and not equals:
+                left.pop(0)
+        else:
+            translated.arguments.append(argument)
+    return translated
+
+
+def _answer(flag: str, name: str, value: str | None, notes: list[str]) -> bool:
+    """Whether the flag is one of theirs, and nothing is to be done. Raises ConfigError."""
+    if name in WITHOUT_EFFECT:
+        notes.append(f"{flag} has no effect: {WITHOUT_EFFECT[name]}")
+        return True
+    if name.removeprefix("no_") == "enable_chunked_prefill":
+        raise ConfigError(f"{flag}: there are no phases to switch; leave it out")
+    if name in _REFUSED:
+        raise ConfigError(f"{flag} is not available: {_REFUSED[name]}")
+    if name in REFUSED:
+        harmless, way_out = REFUSED[name]
+        if _read(value) not in harmless:
+            raise ConfigError(f"{flag} is not available: {way_out}")
+        return True
+    return False
+
+
+def _read(value: str | None) -> Any:
+    """A flag's text as the keyword's value; a switch is True."""
+    if value is None:
+        return True
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
