@@ -5,6 +5,7 @@ token of an answer.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,10 +71,11 @@ def stop_reason(delta: pb.GenerateDelta | pb.Completion) -> str | int | None:
     return None if kind is None else getattr(delta.stop_reason, kind)
 
 
-def usage(summaries: list[pb.Summary]) -> JsonObject:
-    """Of all prompts of a call."""
+def usage(summaries: Iterable[pb.Summary], *, only_prompts: bool) -> JsonObject:
+    """Of all prompts of a call. only_prompts: tokens that were made besides are not counted."""
+    summaries = list(summaries)
     prompt = sum(s.usage.prompt_tokens for s in summaries)
-    output = sum(s.usage.completion_tokens for s in summaries)
+    output = 0 if only_prompts else sum(s.usage.completion_tokens for s in summaries)
     cached = sum(s.usage.cached_tokens for s in summaries)
     return {
         "prompt_tokens": prompt,

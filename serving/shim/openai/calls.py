@@ -90,7 +90,7 @@ class Call:
         choices = [self._whole_choice(c) for _, c in sorted(self._choices.items())]
         payload = self._head.whole() | {
             "choices": choices,
-            "usage": shapes.usage(list(self._summaries.values())),
+            "usage": self._usage(),
         }
         if self._head.shape.is_chat and self._prompt_logprobs:
             payload["prompt_logprobs"] = shapes.prompt_logprobs(self._prompt_logprobs[0])
@@ -138,8 +138,7 @@ class Call:
             return
         end = DONE
         if self._wants.usage:
-            usage = shapes.usage(list(self._summaries.values()))
-            end = event(self._head.chunk() | {"choices": [], "usage": usage}) + DONE
+            end = event(self._head.chunk() | {"choices": [], "usage": self._usage()}) + DONE
         yield end
 
     def _chunks(self, number: int, one: pb.SessionEvent) -> bytes:
@@ -200,6 +199,9 @@ class Call:
         return event(payload)
 
     # Both
+
+    def _usage(self) -> JsonObject:
+        return shapes.usage(self._summaries.values(), only_prompts=self._wants.only_echo)
 
     def _echoed(
         self, choice: _Choice, text: str, logprobs: JsonObject | None

@@ -1,0 +1,214 @@
+"""What the shim does with HTTP that no SDK sends, and with clients that go."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from quire.serving.shim import protocol
+
+from ..gateway.gateways import until
+from .shims import MODEL, SUM, Front
+
+Run = Callable[..., Any]
+CHAT = "/v1/chat/completions"
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """OpenAI's error object; whatever went wrong, it has one shape."""
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "part"),
+    [
+        (b"{", {}, 400, "not JSON"),
+        (b"[]", {}, 400, "must be a JSON object"),
+        (b'{"a": 1, "a": 2}', {}, 400, "twice"),
+        (b"[" * 10_000, {}, 400, "nested"),
+        (b'{"a":' * 10_000, {}, 400, "nested"),
+        (b'{"temperature": NaN}', {}, 400, "NaN"),
+        (b'{"temperature": 1e999}', {}, 400, "too large"),
+        (b"\xff", {}, 400, "UTF-8"),
+        (b"{}", {"content-type": "text/plain"}, 415, "application/json"),
+        (b"\x1f\x8b" + b"0" * 100, {"content-encoding": "gzip"}, 415, "compressed"),
+        (b"{}", {}, 400, "messages"),
+        (b"{}", {"x-request-id": "a b"}, 400, "X-Request-Id"),
+        (b"{}", {"authorization": "Basic abc"}, 401, "Bearer KEY"),
+        (b" " * ((32 << 20) + 1), {}, 413, "32 MiB"),
+    ],
+)
+def test_bad_body_is_an_error_object(
+    front: Run, content: bytes, headers: dict[str, str], status: int, part: str
+) -> None:
+    async def use(front: Front) -> None:
+        kind = {"content-type": "application/json"}
+        answer = await front.http.post(CHAT, content=content, headers=kind | headers)
+        assert answer.status_code == status
+        assert part in error_of(answer)["message"]
+        assert "81" in (await front.chat()).text
+
+    front(use)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", CHAT, 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/chat/completions/", 404),
+        ("OPTIONS", CHAT, 405),
+        ("DELETE", "/health", 405),
+    ],
+)
+def test_wrong_route_is_an_error_object(front: Run, method: str, path: str, status: int) -> None:
+    async def use(front: Front) -> None:
+        answer = await front.http.request(method, path)
+        assert answer.status_code == status
+        error_of(answer)
+
+    front(use)
+
+
+def test_request_id_comes_back(front: Run) -> None:
+    async def use(front: Front) -> None:
+        answer = await front.http.post(
+            CHAT, json={"messages": SUM, "max_tokens": 1}, headers={"x-request-id": "mine-1"}
+        )
+        assert answer.headers["x-request-id"] == "mine-1"
+        assert answer.json()["id"] == "chatcmpl-mine-1"
+        assert answer.json()["model"] == MODEL
+
+    front(use)
+
+
+def test_health_and_helpers_answer(front: Run) -> None:
+    async def use(front: Front) -> None:
+        for path in ("/health", "/ready", "/ping"):
+            answer = await front.http.get(path)
+            assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        assert (await front.http.get("/version")).json()["version"]
+        assert "quire_" in (await front.http.get("/metrics")).text
+        made = (await front.http.get("/openapi.json")).json()
+        assert CHAT in made["paths"]
+        tokens = (await front.http.post("/tokenize", json={"prompt": "Hello there"})).json()
+        assert tokens["count"] == len(tokens["tokens"])
+        text = await front.http.post("/detokenize", json={"tokens": tokens["tokens"]})
+        assert text.json()["prompt"] == text.json()["content"] == "Hello there"
+        chat = (await front.http.post("/tokenize", json={"messages": SUM})).json()
+        assert chat["count"] > 5
+        bad = await front.http.post("/tokenize", json={"prompt": "a", "promt": 1})
+        assert error_of(bad)["param"] == "promt"
+
+    front(use)
+
+
+def test_echo_has_the_prompt_and_its_logprobs(front: Run) -> None:
+    async def use(front: Front) -> None:
+        asked = {"echo": True, "logprobs": 2, "max_tokens": 3}
+        whole = (await front.complete(**asked)).json()["choices"][0]
+        assert whole["text"].startswith("Once upon a time")
+        logprobs = whole["logprobs"]
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["top_logprobs"][0] is None
+        assert len({len(values) for values in logprobs.values()}) == 1
+        for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+            assert whole["text"][offset:].startswith(token)
+        only = (await front.complete(echo=True, max_tokens=0)).json()
+        assert only["choices"][0]["text"] == "Once upon a time"
+        assert only["usage"]["completion_tokens"] == 0
+
+    front(use)
+
+
+def test_streamed_completion_equals_the_whole_one(front: Run) -> None:
+    async def use(front: Front) -> None:
+        for more in ({}, {"n": 2, "temperature": 1, "seed": 5}, {"logprobs": 1}, {"echo": True}):
+            asked = {"max_tokens": 12, "ignore_eos": True} | more
+            whole = (await front.complete(**asked)).json()["choices"]
+            answer = await front.complete(stream=True, **asked)
+            lines = [line for line in answer.text.split("\n\n") if line]
+            assert lines[-1] == "data: [DONE]"
+            texts = ["" for _ in whole]
+            tokens: list[str] = []
+            for line in lines[:-1]:
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                texts[choice["index"]] += choice["text"]
+                tokens += (choice["logprobs"] or {}).get("tokens", [])
+            assert texts == [choice["text"] for choice in whole]
+            if whole[0]["logprobs"] is not None:
+                assert tokens == whole[0]["logprobs"]["tokens"]
+
+    front(use)
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_client_that_goes_ends_its_request(front: Run, is_streamed: bool) -> None:
+    """until_idle(), after every test, sees that nothing is left of it."""
+
+    async def use(front: Front) -> None:
+        body = json.dumps(
+            {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": is_streamed}
+        ).encode()
+        port = int(front.url.rpartition(":")[2])
+        metrics = front.served.gateway.metrics
+        before = metrics.finished_by_reason["abort"]
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(_head("/v1/completions", len(body)) + body)
+        await until(lambda: metrics.num_open == 1 and metrics.num_generation_tokens)
+        writer.transport.abort()
+        await until(lambda: metrics.num_open == 0)
+        assert metrics.finished_by_reason["abort"] == before + 1
+
+    front(use)
+
+
+async def _answer_to(front: Front, *parts: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(front.url.rpartition(":")[2]))
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+def _head(path: str, num_bytes: int, *more: str) -> bytes:
+    lines = (
+        f"POST {path} HTTP/1.1",
+        "host: localhost",
+        "content-type: application/json",
+        f"content-length: {num_bytes}",
+        *more,
+    )
+    return "\r\n".join((*lines, "\r\n")).encode()
+
+
+@pytest.mark.parametrize("size", [70_000, 1 << 20])
+def test_large_head_is_refused(front: Run, size: int) -> None:
+    async def use(front: Front) -> None:
+        head = _head("/v1/completions", 2, f"x-large: {'a' * size}")
+        answer = await _answer_to(front, head, b"{}")
+        # What is still on its way to a closed connection takes the answer with it.
+        assert answer.startswith(b"HTTP/1.1 431 ") or (size > 100_000 and answer == b"")
+
+    front(use)
+
+
+def test_slow_head_is_refused(front: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+
+    async def use(front: Front) -> None:
+        assert (await _answer_to(front, b"POST /v1/comp")).startswith(b"HTTP/1.1 408 ")
+        assert (await _answer_to(front)).startswith(b"HTTP/1.1 408 ")
+
+    front(use)
