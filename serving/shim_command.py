@@ -34,6 +34,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     import uvloop
 
+    from . import collector
     from .logs import configure_logs
     from .say import say
     from .shim.engine import EngineAddress
@@ -49,6 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
         drain_timeout_s=serve.drain_timeout,
     )
     listening = bound_socket(options)
+    collector.calm()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve_http(options, listening, lambda at: say(f"serving on {at}")))
     close_logs()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from ...engine.errors import UsageError
+from .. import collector
 from ..logs import configure_logs
 from ..supervisor.channel import Channel, Message, channel_of
 
@@ -61,6 +62,7 @@ async def _serve(options: Message, channel: Channel) -> int:
     except UsageError as error:
         channel.say("refused", why=str(error))
         return 2
+    collector.calm()
     serving = asyncio.create_task(gateway.health.has_served.wait())
     stopping = asyncio.create_task(stopped.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -10,6 +10,7 @@ import os
 import sys
 
 from ...engine.errors import UsageError
+from .. import collector
 from ..config import ServeConfig
 from ..http_config import HttpConfig
 from ..keys import front_key
@@ -35,6 +36,7 @@ def main() -> int:
     except UsageError as error:
         channel.say("refused", why=str(error))
         return 2
+    collector.calm()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(
             serve_http(options, listening, lambda address: channel.say("ready", address=address))

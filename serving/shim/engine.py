@@ -22,6 +22,7 @@ from ...protos.quire.v1 import inference_pb2_grpc
 logger = logging.getLogger(__name__)
 
 AnyRequest = pb.GenerateRequest | pb.ChatRequest
+Outcome = pb.GenerateDelta | pb.SessionError
 
 # Answers are as long as they were asked for. An engine that comes back is found at once.
 _CHANNEL_OPTIONS = (
@@ -55,8 +56,8 @@ class Answers:
     def __init__(self, engine: "Engine", bearer_key: str | None) -> None:
         self._engine = engine
         self._key = bearer_key
-        self._index_by_id: dict[int, int] = {}
-        self._events: list[tuple[int, pb.SessionEvent]] = []
+        self._ids: list[int] = []
+        self._events: list[tuple[int, Outcome]] = []
         self._waiter: asyncio.Future[None] | None = None
         self._num_ended = 0
         self.is_overrun = False  # nobody took the events, so the requests were ended
@@ -64,7 +65,7 @@ class Answers:
     @property
     def num_open(self) -> int:
         """Requests whose last event has not been put in."""
-        return len(self._index_by_id) - self._num_ended
+        return len(self._ids) - self._num_ended
 
     @property
     def has_events(self) -> bool:
@@ -73,10 +74,9 @@ class Answers:
 
     def submit(self, request: AnyRequest) -> None:
         """Start one more request. Raises EngineUnavailable."""
-        session_id = self._engine._submit(request, self._key, self)
-        self._index_by_id[session_id] = len(self._index_by_id)
+        self._ids.append(self._engine._submit(request, self._key, self, len(self._ids)))
 
-    async def take(self) -> list[tuple[int, pb.SessionEvent]]:
+    async def take(self) -> list[tuple[int, Outcome]]:
         """What has come since the last call, at least one event, each with the number of its
         request in the order of submit(). Raises SlowReader.
         """
@@ -93,15 +93,15 @@ class Answers:
 
     def close(self) -> None:
         """End what has not ended."""
-        self._engine._cancel(self._index_by_id)
+        self._engine._cancel(self._ids)
 
-    def _put(self, event: pb.SessionEvent, *, is_last: bool) -> None:
+    def _put(self, number: int, outcome: Outcome, *, is_last: bool) -> None:
         self._num_ended += is_last
         if len(self._events) > MAX_WAITING_EVENTS:
             self.is_overrun = True
             self.close()
             return
-        self._events.append((self._index_by_id[event.id], event))
+        self._events.append((number, outcome))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -120,7 +120,7 @@ class Engine:
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._key = address.key
         self._ids = itertools.count(1)
-        self._answers: dict[int, Answers] = {}
+        self._answers: dict[int, tuple[Answers, int]] = {}
         self._outgoing: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
         self.is_connected = False  # whether requests can be submitted
 
@@ -161,13 +161,15 @@ class Engine:
 
     # Inside
 
-    def _submit(self, request: AnyRequest, bearer_key: str | None, answers: Answers) -> int:
+    def _submit(
+        self, request: AnyRequest, bearer_key: str | None, answers: Answers, number: int
+    ) -> int:
         if not self.is_connected:
             raise EngineUnavailable(
                 "the engine is not there; try again in a second", retry_after_s=1.0
             )
         session_id = next(self._ids)
-        self._answers[session_id] = answers
+        self._answers[session_id] = answers, number
         submit = pb.SessionSubmit(id=session_id, bearer_key=bearer_key or "")
         if isinstance(request, pb.ChatRequest):
             submit.chat.CopyFrom(request)
@@ -195,14 +197,20 @@ class Engine:
             await asyncio.gather(writing, return_exceptions=True)
 
     def _on_event(self, event: pb.SessionEvent) -> None:
-        answers = self._answers.get(event.id)
-        if answers is None:
+        session_id = event.id
+        found = self._answers.get(session_id)
+        if found is None:
             return  # of a request that was closed
+        answers, number = found
         delta = event.delta
-        is_last = event.HasField("error") or (delta.finish_reason and delta.HasField("summary"))
-        if is_last:
-            del self._answers[event.id]
-        answers._put(event, is_last=bool(is_last))
+        if event.HasField("error"):
+            del self._answers[session_id]
+            answers._put(number, event.error, is_last=True)
+        elif delta.finish_reason and delta.HasField("summary"):
+            del self._answers[session_id]
+            answers._put(number, delta, is_last=True)
+        else:
+            answers._put(number, delta, is_last=False)
 
     def _lose(self, why: str) -> None:
         if self._answers:

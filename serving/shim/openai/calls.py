@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ....protos.quire.v1 import inference_pb2 as pb
-from ..engine import Answers
+from ..engine import Answers, Outcome
 from . import answers as shapes
 from .answers import DONE, Head, JsonObject, Splicer, event
 from .echo import Echo
@@ -82,11 +82,12 @@ class Call:
         """The body of the answer. Raises HttpError."""
         while self._answers.num_open or self._answers.has_events:
             for number, one in await self._answers.take():
-                choice = self._choice_of(number, one)
-                self._note(number, choice, one.delta)
-                choice.texts.append(one.delta.text)
-                choice.token_ids += one.delta.token_ids
-                choice.positions += one.delta.logprobs
+                delta = _delta(one)
+                choice = self._choice_of(number, delta)
+                self._note(number, choice, delta)
+                choice.texts.append(delta.text)
+                choice.token_ids += delta.token_ids
+                choice.positions += delta.logprobs
         choices = [self._whole_choice(c) for _, c in sorted(self._choices.items())]
         payload = self._head.whole() | {
             "choices": choices,
@@ -127,7 +128,7 @@ class Call:
         try:
             while self._answers.num_open or self._answers.has_events:
                 events = await self._answers.take()
-                body = b"".join([self._chunks(number, one) for number, one in events])
+                body = b"".join([self._chunks(number, _delta(one)) for number, one in events])
                 if body:
                     has_begun = True
                     yield body
@@ -141,22 +142,10 @@ class Call:
             end = event(self._head.chunk() | {"choices": [], "usage": self._usage()}) + DONE
         yield end
 
-    def _chunks(self, number: int, one: pb.SessionEvent) -> bytes:
-        choice = self._choice_of(number, one)
-        delta = one.delta
-        made = b""
-        if not choice.has_begun:
-            choice.has_begun = True
-            choice.splicer = Splicer(self._head, choice.index, has_usage=self._wants.usage)
-            if self._head.shape.is_chat:
-                made = self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
-            elif self._wants.echoes:
-                self._note(number, choice, delta)
-                text, logprobs = self._echoed(choice, "", None)
-                choice.num_characters = len(text)
-                made = self._chunk(choice, {"text": text, "logprobs": logprobs})
-        if self._is_plain(delta):
-            assert choice.splicer is not None
+    def _chunks(self, number: int, delta: pb.GenerateDelta) -> bytes:
+        choice = self._choice_of(number, delta)
+        made = b"" if choice.has_begun else self._beginning(number, choice, delta)
+        if choice.splicer is not None and delta.text and not delta.finish_reason:
             return made + choice.splicer.chunk(delta.text)
         choice.token_ids += delta.token_ids
         if self._wants.only_echo:
@@ -170,13 +159,21 @@ class Call:
             made += self._chunk(choice, said | self._ending(delta, None))
         return made
 
-    def _is_plain(self, delta: pb.GenerateDelta) -> bool:
-        """A text, and nothing else that is to be shown."""
-        if not delta.text or delta.finish_reason or self._wants.has_logprobs:
-            return False
-        return not (self._wants.token_ids or self._wants.running_usage) and not delta.HasField(
-            "prompt_logprobs"
-        )
+    def _beginning(self, number: int, choice: _Choice, delta: pb.GenerateDelta) -> bytes:
+        """What comes before the first text of a choice."""
+        choice.has_begun = True
+        wants = self._wants
+        if not (wants.has_logprobs or wants.token_ids or wants.running_usage or wants.only_echo):
+            # Nothing but texts will be shown.
+            choice.splicer = Splicer(self._head, choice.index, has_usage=wants.usage)
+        self._note(number, choice, delta)
+        if self._head.shape.is_chat:
+            return self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
+        if not wants.echoes:
+            return b""
+        text, logprobs = self._echoed(choice, "", None)
+        choice.num_characters = len(text)
+        return self._chunk(choice, {"text": text, "logprobs": logprobs})
 
     def _text_chunk(self, choice: _Choice, delta: pb.GenerateDelta) -> bytes:
         is_chat = self._head.shape.is_chat
@@ -229,12 +226,12 @@ class Call:
             "text_offset": [*offsets, *after["text_offset"]],
         }
 
-    def _choice_of(self, number: int, one: pb.SessionEvent) -> _Choice:
-        """Where an event belongs. Raises HttpError for one that is an error."""
-        if one.HasField("error"):
-            raise HttpError.of_session(one.error)
-        index = number * self._wants.num_choices + one.delta.index
-        return self._choices.setdefault(index, _Choice(index))
+    def _choice_of(self, number: int, delta: pb.GenerateDelta) -> _Choice:
+        index = number * self._wants.num_choices + delta.index
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _Choice(index)
+        return choice
 
     def _note(self, number: int, choice: _Choice, delta: pb.GenerateDelta) -> None:
         if delta.finish_reason == _FAILED:
@@ -259,3 +256,10 @@ class Call:
             "finish_reason": shapes.finish_reason(delta),
             "stop_reason": shapes.stop_reason(delta),
         }
+
+
+def _delta(outcome: Outcome) -> pb.GenerateDelta:
+    """Raises HttpError for what is an error."""
+    if isinstance(outcome, pb.SessionError):
+        raise HttpError.of_session(outcome)
+    return outcome
