@@ -2,7 +2,7 @@
 
 import gc
 
-# Of the youngest generation. By default 2,000 objects, which is a run for every few hundred tokens;
+# Of the youngest generation. By default 700 objects, which is a run for every hundred tokens or so;
 # nearly all of them are freed by their last reference long before.
 _YOUNG_OBJECTS = 50_000
 
