@@ -47,7 +47,9 @@ class EngineConfig:
     max_model_len: int | Literal["auto"] | None = _option(
         None, "longest context in tokens; the config's, or what fits in memory", metavar="TOKENS"
     )
-    seed: int = _option(0, "offline, the seed of requests that bring none; also that of dummy weights")
+    seed: int = _option(
+        0, "offline, the seed of requests that bring none; also that of dummy weights"
+    )
     generation_config: Literal["auto", "vllm", "none"] = _option(
         "auto", "auto applies the sampling defaults of generation_config.json; vllm and none do not"
     )

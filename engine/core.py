@@ -334,7 +334,7 @@ class EngineCore:
         logger.error("the row of request %s failed", request.request_id, exc_info=error)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None and tracked.request is request and request.finish_reason is None:
-            why = f"the engine failed to handle the request: {error}"
+            why = "the engine failed at this request, and at no other; its log says why"
             self._end(tracked, FinishReason.ERROR, why)
 
     def _recover(self, error: Exception) -> None:
@@ -351,7 +351,7 @@ class EngineCore:
             tracked = self._tracked[request.request_id]
             tracked.prompt_logprobs.clear()
             if request.num_failures >= _MAX_FAILURES:
-                why = f"its steps failed {request.num_failures} times: {error}"
+                why = f"its steps failed {request.num_failures} times; the engine's log says why"
                 self._end(tracked, FinishReason.ERROR, why)
         self.runner.allocate()
 

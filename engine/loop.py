@@ -158,10 +158,10 @@ class EngineLoop:
             self._core.submit(submission)
         except UsageError as error:
             self._deliver(_ended(submission.request_id, FinishReason.ERROR, str(error)))
-        except Exception as error:
+        except Exception:
             # The border of a request: a fault of ours that one submission shows ends only that one.
             logger.exception("request %s could not be queued", submission.request_id)
-            why = f"the engine failed to queue the request: {error}"
+            why = "the engine failed to queue the request; its log says why"
             self._deliver(_ended(submission.request_id, FinishReason.ERROR, why))
 
     def _deliver(self, output: StepOutput) -> None:

@@ -144,26 +144,54 @@ def _plain_dict(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     return cast(dict[str, Any], _plain(value, where))
 
 
-def _plain(value: object, where: str, depth: int = 0) -> object:
+def _plain(value: object, where: str) -> object:
     """The value rebuilt from JSON's own types: others have methods that a sandbox does not know."""
+    try:
+        return _rebuilt(value, 0)
+    except _NotPlain as error:
+        # The path is made of keys of the caller's, as many and as long as he likes.
+        field = (where + "".join(reversed(error.path)))[:80]
+        raise RequestError(f"{field} {error}", field=field) from None
+
+
+class _NotPlain(Exception):
+    """path: of what is wrong, from the inside out."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.path: list[str] = []
+
+
+def _rebuilt(value: object, depth: int) -> object:
     if value is None or isinstance(value, bool):
         return value
     for kind in (str, int, float):
         if isinstance(value, kind):
             return value if type(value) is kind else kind(value)
     if depth > 128:
-        raise RequestError(f"{where[:200]} is nested deeper than 128 levels", field=where[:80])
+        raise _NotPlain("is nested deeper than 128 levels")
     if isinstance(value, Mapping):
-        for key in value:
+        made = {}
+        for key, one in value.items():
             if not isinstance(key, str):
-                raise RequestError(f"{where} has the key {key!r}; keys are strings", field=where)
-        return {str(k): _plain(v, f"{where}.{k}", depth + 1) for k, v in value.items()}
+                raise _NotPlain(f"has the key {key!r:.80}; keys are strings")
+            try:
+                made[str(key)] = _rebuilt(one, depth + 1)
+            except _NotPlain as error:
+                error.path.append(f".{key[:40]}")
+                raise
+        return made
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
-    raise RequestError(
-        f"{where} is a {type(value).__name__}; use strings, numbers, booleans, null, lists and "
-        "objects",
-        field=where,
+        items = []
+        for index, one in enumerate(value):
+            try:
+                items.append(_rebuilt(one, depth + 1))
+            except _NotPlain as error:
+                error.path.append(f"[{index}]")
+                raise
+        return items
+    raise _NotPlain(
+        f"is a {type(value).__name__}; use strings, numbers, booleans, null, lists and objects"
     )
 
 

@@ -51,6 +51,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
         self._num_prefix_ids = len(self.encode(""))
+        self._text_by_id: dict[int, str] = {}
         self.anchor_ids = self._find_anchor()
 
     @classmethod
@@ -131,6 +132,12 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token's text inside a text: with its leading space, special tokens written out."""
+        text = self._text_by_id.get(token_id)
+        if text is None:  # logprobs ask for the same ones again and again; the ids bound the dict
+            text = self._text_by_id[token_id] = self._text_of(token_id)
+        return text
+
+    def _text_of(self, token_id: int) -> str:
         before = self.decode(self.anchor_ids, skip_special_tokens=False)
         text = self.decode([*self.anchor_ids, token_id], skip_special_tokens=False)
         if text.startswith(before):

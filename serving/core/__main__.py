@@ -6,7 +6,6 @@ ends it at once with exit code 0; it does not outlive its supervisor.
 """
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ...engine.config import EngineConfig
 from ...engine.errors import UsageError
+from ..logs import configure_logs
 from ..supervisor.channel import Channel, channel_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def main() -> int:
     """Exit code, of a core that did not start or whose step loop failed."""
     # Before JAX is loaded: there is nothing to tidy up, and threads inside XLA would not let go.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    logging.basicConfig(format="%(asctime)s %(levelname)s core: %(message)s")
+    # Not straight to stderr: the step loop would wait for whoever reads that.
+    close_logs = configure_logs("warning", "text")
     channel = channel_of(sys.argv)
     options = channel.receive()
     socket = Path(options["socket"])
@@ -35,11 +36,13 @@ def main() -> int:
         engine = _start(config, options["secret"], channel)
     except UsageError as error:
         channel.say("refused", why=str(error))
+        close_logs()
         return 2
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(engine, config.max_logprobs, socket, channel))
+    close_logs()
     return 1
 
 

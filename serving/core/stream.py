@@ -60,10 +60,10 @@ class Stream:
                 submissions.append(_checked(submission_from_proto(message), self._limits))
             except UsageError as error:
                 self._refused.append(_ended(message.request_id, str(error)))
-            except Exception as error:
+            except Exception:
                 # The border of a request: whatever one shows to be broken, the others go on.
                 logger.exception("request %s could not be read", message.request_id)
-                why = f"the engine failed to read the request: {error}"
+                why = "the engine failed to read the request; its log says why"
                 self._refused.append(_ended(message.request_id, why))
             else:
                 self._open.add(message.request_id)

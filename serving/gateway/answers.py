@@ -57,17 +57,33 @@ def set_summary(summary: inference_pb2.Summary, request: OpenRequest) -> None:
     summary.resumed = request.num_resumes > 0
 
 
-def completion(choice: Choice, pieces: list[Piece]) -> inference_pb2.Completion:
-    """The whole of one answer."""
-    message = inference_pb2.Completion(
-        index=choice.index, text="".join(p.text for p in pieces), token_ids=choice.token_ids
-    )
-    if choice.request.text.params.logprobs is not None:
-        positions = [position for piece in pieces for position in piece.logprobs]
-        message.logprobs.extend(_positions(positions, choice.request.tokenizer))
-        message.cumulative_logprob = sum(position.logprob for position in positions)
-    set_finish(message, pieces[-1])
-    return message
+class Completed:
+    """One answer, put together as its pieces come: all at once it would keep others waiting."""
+
+    def __init__(self, choice: Choice) -> None:
+        self._choice = choice
+        self._texts: list[str] = []
+        self._has_logprobs = choice.request.text.params.logprobs is not None
+        self._cumulative = 0.0
+        self._message = inference_pb2.Completion(index=choice.index)
+
+    def add(self, piece: Piece) -> None:
+        self._texts.append(piece.text)
+        self._message.token_ids.extend(piece.token_ids)
+        if piece.logprobs:
+            self._message.logprobs.extend(
+                _positions(piece.logprobs, self._choice.request.tokenizer)
+            )
+            self._cumulative += sum(position.logprob for position in piece.logprobs)
+        if piece.finish_reason is not None:
+            set_finish(self._message, piece)
+
+    def message(self) -> inference_pb2.Completion:
+        """The whole of it, after its last piece."""
+        self._message.text = "".join(self._texts)
+        if self._has_logprobs:
+            self._message.cumulative_logprob = self._cumulative
+        return self._message
 
 
 def prompt_logprobs(request: OpenRequest) -> inference_pb2.PromptLogprobs | None:

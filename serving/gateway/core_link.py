@@ -74,9 +74,13 @@ class CoreLink:
             except EngineStopped as error:
                 if self._choices:
                     logger.warning("%s; %d answers wait for the next one", error, self.num_open)
-                self._on_lost()
+            except Exception:
+                # What the core says cannot be read: as good as lost.
+                logger.exception("the stream of the core failed")
             finally:
+                self._stream = None  # what comes meanwhile waits for the next one
                 stream.close()
+            self._on_lost()
             await asyncio.sleep(_RECONNECT_S)
 
     def submit(self, request: OpenRequest) -> None:
@@ -84,11 +88,14 @@ class CoreLink:
         request.times.submitted = time.monotonic_ns()
         if self._stream is not None:
             self._stream.submit([choice.submission() for choice in request.choices])
+            request.was_sent = True
         self._choices.update((choice.core_id, choice) for choice in request.choices)
 
     def cancel(self, request: OpenRequest) -> None:
-        """End a request that nobody reads any more: nothing goes to its sink."""
+        """End a request that nobody reads any more, if it has not: nothing goes to its sink."""
         self._drop(request)
+        # Each refers to it: so its prompt is freed now, not when the collector comes by.
+        request.choices.clear()
 
     def finish(self, request: OpenRequest, reason: FinishReason) -> None:
         """End the answers that are still open with a last piece."""
@@ -160,7 +167,13 @@ class CoreLink:
             if request.is_done:
                 request.times.ended = time.monotonic_ns()
                 request.ended_by = piece.finish_reason.value
-        request.sink.on_piece(choice, piece)
+        try:
+            request.sink.on_piece(choice, piece)
+        except Exception as error:
+            if not request.is_done:
+                raise
+            request.ended_by = FinishReason.ERROR.value
+            request.sink.on_error(request, internal_error(error))
         if request.is_done:
             self._on_ended(request)
 
@@ -175,8 +188,10 @@ class CoreLink:
                 )
                 self.fail(request, EngineUnavailable(why))
                 continue
-            request.num_resumes += 1
-            self._metrics.num_resumed += 1
+            if request.was_sent:
+                request.num_resumes += 1
+                self._metrics.num_resumed += 1
+            request.was_sent = True
             try:
                 stream.submit(c.submission() for c in request.choices if not c.is_done)
             except RequestError as error:

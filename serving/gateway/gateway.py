@@ -125,7 +125,9 @@ class Gateway:
         self.intake.is_draining = True
         await self.health.drain()
         deadline = time.monotonic() + self._config.drain_timeout
-        while self._registry.num_open and time.monotonic() < deadline:
+        while self._registry.num_open or self._service.has_unread:
+            if time.monotonic() >= deadline:
+                break
             await asyncio.sleep(_DRAIN_POLL_S)
         for request in self.link.open_requests():
             self.link.finish(request, FinishReason.ABORT)

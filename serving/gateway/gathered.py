@@ -5,7 +5,7 @@ import asyncio
 from ...engine.answer_reader import Piece
 from ...engine.errors import QuireError
 from ...protos.quire.v1 import inference_pb2
-from .answers import completion, prompt_logprobs, set_summary
+from .answers import Completed, prompt_logprobs, set_summary
 from .open_request import Choice, OpenRequest
 
 
@@ -13,11 +13,11 @@ class Gathered:
     """Keeps every piece until the last one."""
 
     def __init__(self) -> None:
-        self._pieces: dict[int, list[Piece]] = {}
+        self._answers: dict[int, Completed] = {}
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_piece(self, choice: Choice, piece: Piece) -> None:
-        self._pieces.setdefault(choice.index, []).append(piece)
+        self._answers.setdefault(choice.index, Completed(choice)).add(piece)
         if choice.request.is_done and not self._end.done():
             self._end.set_result(None)
 
@@ -31,7 +31,7 @@ class Gathered:
         message = inference_pb2.GenerateResponse(
             request_id=request.terms.request_id,
             model=request.terms.model,
-            outputs=[completion(choice, self._pieces[choice.index]) for choice in request.choices],
+            outputs=[self._answers[choice.index].message() for choice in request.choices],
             prompt_token_ids=request.text.prompt_token_ids,
             prompt_logprobs=prompt_logprobs(request),
         )

@@ -5,6 +5,7 @@ starting, and a server that drains, does not, however alive this process is.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from grpc_health.v1 import health_pb2
@@ -13,6 +14,8 @@ from grpc_health.v1.health import aio as health_aio
 from ...engine.errors import EngineStopped
 from ..core_client.client import CoreClient, CoreStatus
 from .metrics import GatewayMetrics
+
+logger = logging.getLogger(__name__)
 
 SERVICES = ("", "quire.v1.Inference")
 _INTERVAL_S = 1.0
@@ -68,6 +71,11 @@ class Health:
         try:
             status = await self._client.status(self._step_timeout_s)
         except EngineStopped:
+            self._metrics.core = None
+            return False
+        except Exception:
+            # Whatever the answer was, it is not one: that must not end the asking.
+            logger.exception("the core's status cannot be read")
             self._metrics.core = None
             return False
         self._metrics.core = status

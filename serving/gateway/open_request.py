@@ -107,6 +107,7 @@ class OpenRequest:
         ]
         self.num_open = len(self.choices)
         self.num_cached = 0
+        self.was_sent = False  # to a core, of whichever there was
         self.num_resumes = 0
         self.ended_by = "abort"  # how it counts, unless its last piece says otherwise
         # Until the first piece that is sent takes them.

@@ -30,11 +30,17 @@ class Outbox:
     def __init__(self) -> None:
         self._events = inference_pb2.SessionResponse()
         self._is_filled = asyncio.Event()
+        self._is_awaited = False
         self.num_taken = 0
 
     @property
     def is_empty(self) -> bool:
         return not self._events.events
+
+    @property
+    def is_heard(self) -> bool:
+        """Nothing waits, and what was taken is written: its taker is back for more."""
+        return self._is_awaited and self.is_empty
 
     def add(self) -> inference_pb2.SessionEvent:
         """A new event, to be filled before anything else runs."""
@@ -48,7 +54,9 @@ class Outbox:
 
     async def take(self) -> inference_pb2.SessionResponse:
         """All that waits, once there is something or wake() was called."""
+        self._is_awaited = True
         await self._is_filled.wait()
+        self._is_awaited = False
         self._is_filled.clear()
         taken, self._events = self._events, inference_pb2.SessionResponse()
         self.num_taken += 1

@@ -23,6 +23,8 @@ AnyRequest = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 MAX_ID_BYTES = 128
 MAX_SALT_BYTES = 128
 MAX_MESSAGES = 4096
+MAX_KWARGS_BYTES = 64 << 10
+MAX_TOOLS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ def check_envelope(message: AnyRequest, served: Served) -> None:
     check_model(message.model, served)
     _check_bytes("request_id", message.request_id, MAX_ID_BYTES)
     _check_bytes("cache_salt", message.cache_salt, MAX_SALT_BYTES)
+    if isinstance(message, inference_pb2.ChatRequest):
+        _check_bytes(
+            "chat_template_kwargs_json", message.chat_template_kwargs_json, MAX_KWARGS_BYTES
+        )
+        _check_bytes("tools_json", message.tools_json, MAX_TOOLS_BYTES)
+    elif len(message.token_ids.ids) >= served.limits.max_model_len:
+        # Here, before all of them are looked at; with the words of the check of those that fit.
+        raise RequestError(
+            f"the prompt has {len(message.token_ids.ids)} tokens, but the context is "
+            f"{served.limits.max_model_len} and needs room for an answer; shorten the prompt",
+            field="token_ids",
+        )
     if message.priority and not served.takes_priorities:
         raise RequestError(
             f"priority is {message.priority}, but this server does not order requests by it; "
@@ -58,11 +72,9 @@ def check_model(name: str, served: Served) -> None:
 
 
 def text_size(message: AnyRequest) -> int:
-    """Characters or ids that the prompt is made of: what encoding it will cost."""
+    """Bytes or ids that the prompt is made of: what preparing it will cost."""
     if isinstance(message, inference_pb2.ChatRequest):
-        return sum(len(m.content) + len(m.tool_calls_json) for m in message.messages) + len(
-            message.tools_json
-        )
+        return int(message.ByteSize())
     return len(message.text) + len(message.token_ids.ids)
 
 
@@ -109,6 +121,12 @@ def render(message: inference_pb2.ChatRequest, files: TextFiles) -> str:
             field="messages",
         )
     messages = [_message(one, f"messages[{i}]") for i, one in enumerate(message.messages)]
+    if message.continue_final_message and messages and messages[-1]["role"] != "assistant":
+        raise RequestError(
+            "continue_final_message goes on with the assistant's message, but the last one has the "
+            f"role {messages[-1]['role']!r:.80}; leave it out, or add the answer's beginning",
+            field="continue_final_message",
+        )
     opens_turn = not message.continue_final_message
     if message.HasField("add_generation_prompt"):
         opens_turn = message.add_generation_prompt
@@ -135,13 +153,17 @@ def tokenize(message: inference_pb2.TokenizeRequest, served: Served) -> tuple[in
         adds_special_tokens = message.add_special_tokens
     if kind == "chat":
         text, adds_special_tokens = render(message.chat, served.files), False
-    return check_text_request(
-        text,
-        SamplingParams(),
-        served.files.tokenizer,
-        max_model_len=served.limits.max_model_len,
-        add_special_tokens=adds_special_tokens,
-    ).prompt_token_ids
+    try:
+        return check_text_request(
+            text,
+            SamplingParams(),
+            served.files.tokenizer,
+            max_model_len=served.limits.max_model_len,
+            add_special_tokens=adds_special_tokens,
+        ).prompt_token_ids
+    except RequestError as error:
+        error.field = kind
+        raise
 
 
 def detokenize(message: inference_pb2.DetokenizeRequest, served: Served) -> str:
@@ -183,7 +205,10 @@ def _message(message: inference_pb2.ChatMessage, where: str) -> dict[str, Any]:
         if value := getattr(message, name):
             one[name] = value
     if message.tool_calls_json:
-        one["tool_calls"] = _json(message.tool_calls_json, f"{where}.tool_calls_json")
+        field = f"{where}.tool_calls_json"
+        calls = one["tool_calls"] = _json(message.tool_calls_json, field)
+        if not isinstance(calls, list):
+            raise RequestError(f"{field} must be a JSON array; write it in brackets", field=field)
     return one
 
 

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from ...engine.errors import EngineUnavailable, QuireError, SlowReader
+from ...engine.errors import EngineUnavailable, QuireError, RequestError, SlowReader
 from ...protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from . import outbox as outboxes
 from .about import About
@@ -21,6 +21,8 @@ from .outbox import Lane, Outbox
 from .prepare import AnyRequest, detokenize, text_size, tokenize
 from .session import Session, write_all
 from .statuses import abort, internal_error
+
+MAX_ABORTS = 1024
 
 Fail = Callable[[OpenRequest, QuireError], None]
 
@@ -38,7 +40,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._about = about
         self._metrics = metrics
         self._sessions: set[Session] = set()
-        self._is_closing = False
+        self._outboxes: set[Outbox] = set()  # of the other streams
 
     # Answers
 
@@ -65,22 +67,32 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         await context.send_initial_metadata(())  # so that the client knows that it is taken
         self._sessions.add(session)
         reading = asyncio.create_task(session.read(requests))
+        is_read = True
         try:
             await write_all(session, context, outboxes.WRITE_TIMEOUT_S)
         except TimeoutError:
-            await self._give_up(context)
+            is_read = False
         finally:
             self._sessions.discard(session)
             reading.cancel()
             session.close()
             # What ended the reading is of no more interest: the call is over.
             await asyncio.gather(reading, return_exceptions=True)
-        if self._is_closing:
+        if not is_read:
+            await self._give_up(context)
+        if session.was_ended:
             await abort(context, EngineUnavailable("the server is shutting down; use another one"))
 
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: Any
     ) -> inference_pb2.AbortResponse:
+        if len(request.request_ids) > MAX_ABORTS:
+            error = RequestError(
+                f"request_ids has {len(request.request_ids)} entries, at most {MAX_ABORTS} are "
+                "allowed; send them in several calls",
+                field="request_ids",
+            )
+            await abort(context, error)
         self._intake.abort(self._caller(context), request.request_ids)
         return inference_pb2.AbortResponse()
 
@@ -136,9 +148,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     # Life
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether a client has not taken all that was made for it."""
+        of_sessions = (session.outbox for session in self._sessions)
+        return not all(outbox.is_heard for outbox in (*self._outboxes, *of_sessions))
+
     def close(self) -> None:
         """End what the sessions have open, and then the sessions."""
-        self._is_closing = True
         for session in self._sessions:
             session.end()
 
@@ -160,6 +177,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         outbox = Outbox()
         lane = Lane(outbox, 0, self._fail)
         request = await _or_abort(self._intake.open(message, self._caller(context), lane), context)
+        self._outboxes.add(outbox)
         try:
             while not (request.is_done and outbox.is_empty):
                 response = await outbox.take()
@@ -170,11 +188,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     async with asyncio.timeout(outboxes.WRITE_TIMEOUT_S):
                         await context.write(event.delta)
         except TimeoutError:
+            self._intake.cancel(request)
             await self._give_up(context)
         finally:
+            self._outboxes.discard(outbox)
             self._intake.cancel(request)
 
     async def _give_up(self, context: Any) -> None:
+        """Once nothing is open any more: the status waits behind the message that is not read."""
         self._metrics.num_cancelled_slow += 1
         why = f"a message was not read for {outboxes.WRITE_TIMEOUT_S:g} s; read faster"
         await abort(context, SlowReader(why))

@@ -46,6 +46,7 @@ class Session:
         self._fail = fail
         self._entries: dict[int, _Entry] = {}
         self._is_reading = True
+        self.was_ended = False  # by end(), while the client could still have asked for more
         self.outbox = Outbox()
 
     @property
@@ -75,6 +76,7 @@ class Session:
 
     def end(self) -> None:
         """Take nothing more; what is waiting in the outbox is still to be written."""
+        self.was_ended = self._is_reading
         self.close()
         self._is_reading = False
         self.outbox.wake()
@@ -133,8 +135,13 @@ class Session:
 
     def _on_done(self, session_id: int) -> None:
         entry = self._entries.pop(session_id, None)
-        if entry is not None and entry.deadline is not None:
+        if entry is None:
+            return
+        if entry.deadline is not None:
             entry.deadline.cancel()
+        if entry.request is not None:
+            # Not at once: whoever brings its last piece is not done with it.
+            asyncio.get_running_loop().call_soon(self._intake.cancel, entry.request)
 
     def _on_deadline(self, session_id: int) -> None:
         entry = self._entries.get(session_id)

@@ -98,7 +98,7 @@ def test_step_that_fails_twice_ends_its_requests_only(
         failing(engine, monkeypatch, 2)
         ((ended,),) = (await finish(stream, [submission("ended")])).values()
         assert ended.finish_reason is FinishReason.ERROR
-        assert ended.stop_reason == "its steps failed 2 times: the device is unwell"
+        assert ended.stop_reason == "its steps failed 2 times; the engine's log says why"
         later = await finish(stream, [submission("later")])
         assert len(token_ids(later["later"])) == 20
         await until(client, is_idle)
@@ -122,7 +122,7 @@ def test_submission_that_the_engine_stumbles_over_ends_alone(
         outputs = await finish(client.open_stream(), [submission("bad"), submission("good")])
         (bad,) = outputs["bad"]
         assert bad.finish_reason is FinishReason.ERROR
-        assert bad.stop_reason == "the engine failed to queue the request: a fault of ours"
+        assert bad.stop_reason == "the engine failed to queue the request; its log says why"
         assert len(token_ids(outputs["good"])) == 20
 
     serve(engine, use)
@@ -144,7 +144,7 @@ def test_submit_that_cannot_be_read_ends_alone(
         outputs = await finish(client.open_stream(), [submission("bad"), submission("good")])
         (bad,) = outputs["bad"]
         assert bad.finish_reason is FinishReason.ERROR
-        assert bad.stop_reason == "the engine failed to read the request: a fault of ours"
+        assert bad.stop_reason == "the engine failed to read the request; its log says why"
         assert len(token_ids(outputs["good"])) == 20
 
     serve(engine, use)
