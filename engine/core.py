@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # A request whose steps failed this often is ended.
 _MAX_FAILURES = 2
+_ROW_FAILED = "the engine failed at this request, and at no other; its log says why"
 
 
 class EngineCore:
@@ -334,8 +335,7 @@ class EngineCore:
         logger.error("the row of request %s failed", request.request_id, exc_info=error)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None and tracked.request is request and request.finish_reason is None:
-            why = "the engine failed at this request, and at no other; its log says why"
-            self._end(tracked, FinishReason.ERROR, why)
+            self._end(tracked, FinishReason.ERROR, _ROW_FAILED)
 
     def _recover(self, error: Exception) -> None:
         """The donated arrays of a failed step are lost: start over, and end who failed before."""
@@ -344,13 +344,12 @@ class EngineCore:
         self._pending.clear()
         culprit = error.request if isinstance(error, RowFault) else None
         for request in self.scheduler.recompute_all():
-            if request is culprit:
-                request.num_failures = _MAX_FAILURES
-            elif culprit is None:
-                request.num_failures += 1
+            request.num_failures += culprit is None
             tracked = self._tracked[request.request_id]
             tracked.prompt_logprobs.clear()
-            if request.num_failures >= _MAX_FAILURES:
+            if request is culprit:
+                self._end(tracked, FinishReason.ERROR, _ROW_FAILED)
+            elif request.num_failures >= _MAX_FAILURES:
                 why = f"its steps failed {request.num_failures} times; the engine's log says why"
                 self._end(tracked, FinishReason.ERROR, why)
         self.runner.allocate()
