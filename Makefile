@@ -5,7 +5,7 @@ PYTHON := $(shell for p in python3.13 python3.12 python3; do \
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: protos demo examples node test test-slow check format wheel-test bench clean
+.PHONY: protos demo examples node test test-slow check check-deploy format wheel-test bench clean
 
 demo: .venv/installed
 	@printf '%s\n' '/set temperature 0' 'Hello!' 'What is 23 + 58?' \
@@ -29,13 +29,16 @@ test: .venv/installed-test
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
-check: .venv/installed-lint .venv-protos/installed
+check: .venv/installed-lint .venv-protos/installed check-deploy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python tests/run_mypy.py
 	cd .venv && bin/lint-imports --config ../.importlinter
 	$(BIN)/python protos/lint.py
 	.venv-protos/bin/python protos/generate.py --check
+
+check-deploy: .venv/installed-lint
+	$(BIN)/python deploy/lint.py
 
 format: .venv/installed-lint
 	$(BIN)/ruff format .

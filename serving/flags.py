@@ -116,7 +116,7 @@ class _Collect(argparse.Action):
 def _reader(field: dataclasses.Field[Any], hint: Any) -> Callable[[str], Any]:
     """What makes a value of the field out of text."""
     if field.metadata.get("is_secret"):
-        return _one_secret
+        return _one_secret if _is_list(hint) else str
     return _Reader(_kinds(hint))
 
 

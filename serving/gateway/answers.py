@@ -61,7 +61,8 @@ class Completed:
     """One answer, put together as its pieces come: all at once it would keep others waiting."""
 
     def __init__(self, choice: Choice) -> None:
-        self._choice = choice
+        # Not the choice: its request has this answer, and would be freed by the collector alone.
+        self._tokenizer = choice.request.tokenizer
         self._texts: list[str] = []
         self._has_logprobs = choice.request.text.params.logprobs is not None
         self._cumulative = 0.0
@@ -71,9 +72,7 @@ class Completed:
         self._texts.append(piece.text)
         self._message.token_ids.extend(piece.token_ids)
         if piece.logprobs:
-            self._message.logprobs.extend(
-                _positions(piece.logprobs, self._choice.request.tokenizer)
-            )
+            self._message.logprobs.extend(_positions(piece.logprobs, self._tokenizer))
             self._cumulative += sum(position.logprob for position in piece.logprobs)
         if piece.finish_reason is not None:
             set_finish(self._message, piece)

@@ -18,12 +18,13 @@ from ...engine.token_checks import TokenLimits
 from ..config import ServeConfig
 from ..core_client.client import CoreClient, CoreStatus
 from ..keys import bearer_key, front_key
+from ..tls import tls_context
 from .about import About
 from .callers import Callers
 from .core_link import CoreLink
 from .health import Health
 from .intake import Intake
-from .listener import KeyInterceptor, add_private_socket, make_listener, tls_context
+from .listener import KeyInterceptor, add_private_socket, make_listener
 from .metrics import GatewayMetrics
 from .metrics_http import start_metrics_server
 from .prepare import Served

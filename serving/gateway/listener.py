@@ -1,6 +1,5 @@
 """The public gRPC server: its address, TLS, keys, limits, and the services behind it."""
 
-import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from ...engine.errors import AuthenticationError, ConfigError
 from ...protos.quire.v1 import inference_pb2, inference_pb2_grpc
 from ..config import ServeConfig
+from ..tls import tls_context
 from .callers import Callers
 from .decoding import DecodingInterceptor
 from .health import Health
@@ -90,28 +90,6 @@ def add_private_socket(server: grpc.aio.Server, path: Path) -> None:
     path.unlink(missing_ok=True)  # of a gateway that was killed
     server.add_insecure_port(f"unix:{path}")
     path.chmod(0o600)
-
-
-def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
-    """For what is not gRPC; None without TLS. Raises ConfigError for files that cannot be used."""
-    if config.ssl_certfile is None or config.ssl_keyfile is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=_no_password)
-        if config.ssl_ca_certs is not None:
-            context.load_verify_locations(config.ssl_ca_certs)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise ConfigError(
-            f"ssl_certfile, ssl_keyfile or ssl_ca_certs cannot be used ({error}); give PEM files, "
-            "the key without a password"
-        ) from error
-    return context
-
-
-def _no_password() -> str:
-    raise ValueError("the key has a password")
 
 
 def _credentials(config: ServeConfig) -> grpc.ServerCredentials | None:

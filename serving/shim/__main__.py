@@ -17,7 +17,7 @@ from ..keys import front_key
 from ..logs import configure_logs
 from ..supervisor.channel import Message, channel_of
 from .engine import EngineAddress
-from .process import ShimOptions, bound_socket, serve_http
+from .process import ShimOptions, bound_socket, serve_http, tls_of
 
 
 def main() -> int:
@@ -53,6 +53,7 @@ def _options(message: Message, serve: ServeConfig) -> ShimOptions:
         serve.host,
         http.port,
         EngineAddress(f"unix:{message['front_socket']}", key),
+        tls_of(serve),
         shares_port=http.api_server_count > 1,
         refuses_unknown=http.unknown_fields == "refuse",
         drain_timeout_s=serve.drain_timeout,

@@ -4,25 +4,43 @@ A plain ASGI application, so any server can run it. Routes are Starlette's; bodi
 streams are ours.
 """
 
+import hashlib
 import logging
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 
 import grpc
 from starlette.routing import Route, Router
 
-from ...engine.errors import EngineUnavailable
+from ...engine.errors import EngineUnavailable, RequestError, SlowReader
+from ...protos.quire.v1 import inference_pb2 as pb
 from ..keys import bearer_key
 from .engine import Engine
 from .http import ClientGone, Receive, Reply, Scope, Send, header
 from .openai.errors import HttpError
 from .openai.routes import OpenAI
+from .page import Page
 from .server_routes import ServerRoutes
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Scope, Receive, Reply, str | None], Awaitable[None]]
+
+# Codes whose texts the engine wrote for its caller.
+_ENGINES_OWN = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.ALREADY_EXISTS,
+    }
+)
+_AWAY = "the engine is starting, stopping or gone; try again in a second"
+
+_KNOWN_S, _MAX_KNOWN_KEYS = 60.0, 1024
+_HEAD = ("HEAD", "GET")
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -35,14 +53,15 @@ def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> 
     """
     openai = OpenAI(engine, refuses_unknown=refuses_unknown)
     server = ServerRoutes(engine)
+    keys = Keys(engine) if has_key else None
 
     def route(method: str, path: str, handler: Handler, *, is_open: bool = False) -> Route:
-        guarded = Guarded(handler, method, needs_key=has_key and not is_open)
-        return Route(path, endpoint=guarded)
+        return Route(path, endpoint=Guarded(handler, method, keys=keys, is_open=is_open))
 
     # Without Starlette's middleware, which would stand in the way of every part of a stream.
     return Router(
         routes=[
+            Route("/", endpoint=Guarded(Page().front, None, is_open=True)),
             route("POST", "/v1/chat/completions", openai.chat_completions),
             route("POST", "/v1/completions", openai.completions),
             route("GET", "/v1/models", openai.models),
@@ -56,36 +75,54 @@ def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> 
             route("GET", "/ready", server.health, is_open=True),
             route("GET", "/ping", server.health, is_open=True),
         ],
-        default=Guarded(_no_route, None, needs_key=False),
+        default=Guarded(_no_route, None, is_open=True),
         redirect_slashes=False,
     )
+
+
+class Keys:
+    """Remembers for a while which keys the engine knows, so that most calls need not ask."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._known: dict[bytes, float] = {}  # digest -> until when; never the key itself
+
+    async def check(self, key: str) -> None:
+        """Raises AioRpcError for a key that the engine does not know."""
+        now, digest = time.monotonic(), hashlib.sha256(key.encode()).digest()
+        if self._known.get(digest, 0) > now:
+            return
+        await self._engine.call(self._engine.stub.ListModels, pb.ListModelsRequest(), key)
+        if len(self._known) >= _MAX_KNOWN_KEYS:
+            self._known.clear()
+        self._known[digest] = now + _KNOWN_S
 
 
 class Guarded:
     """One route: its method, the caller's key, a request id, and errors in the dialect's shape."""
 
-    def __init__(self, handler: Handler, method: str | None, *, needs_key: bool) -> None:
-        """method: the one that it takes; None is any."""
+    def __init__(
+        self,
+        handler: Handler,
+        method: str | None,
+        *,
+        keys: Keys | None = None,
+        is_open: bool = False,
+    ) -> None:
+        """method: the one that it takes; None is any. keys: what callers are checked by, if at all.
+        is_open: for everybody, whatever he shows.
+        """
         self._handler = handler
         self._method = method
-        self._needs_key = needs_key
+        self._keys = keys
+        self._is_open = is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send, secrets.token_hex(12))
         try:
             reply.request_id = _request_id(scope) or reply.request_id
-            if self._method not in (None, scope["method"]):
-                raise HttpError(
-                    405,
-                    f"{scope['path'][:200]} takes {self._method}, not {scope['method'][:20]}",
-                    type="invalid_request_error",
-                )
-            key = _key_of(scope)
-            if key is None and self._needs_key:
-                raise HttpError.of_code(
-                    grpc.StatusCode.UNAUTHENTICATED,
-                    "no key was sent; send the header Authorization: Bearer KEY",
-                )
+            self._check_method(scope)
+            key = None if self._is_open else await self._checked_key(scope)
             await self._handler(scope, receive, reply, key)
         except ClientGone:
             return
@@ -95,13 +132,46 @@ class Guarded:
             answer = as_http_error(error)
             await reply.json(answer.body, answer.status, answer.headers)
 
+    def _check_method(self, scope: Scope) -> None:
+        method = scope["method"]
+        # A server leaves the body of an answer to HEAD out.
+        if self._method is None or method == self._method or (method, self._method) == _HEAD:
+            return
+        raise HttpError(
+            405,
+            f"{scope['path'][:200]} takes {self._method}, not {method[:20]}",
+            type="invalid_request_error",
+            headers={"allow": self._method},
+        )
+
+    async def _checked_key(self, scope: Scope) -> str | None:
+        """The caller's key, which the engine knows. Raises HttpError, AioRpcError."""
+        key = _key_of(scope)
+        if self._keys is not None:
+            if key is None:
+                raise HttpError.of_code(
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    "no key was sent; send the header Authorization: Bearer KEY",
+                )
+            # Before the body is read: reading is work.
+            await self._keys.check(key)
+        return key
+
 
 def as_http_error(error: Exception) -> HttpError:
     """Whatever ended a call; what nobody foresaw is in the log and not in the answer."""
     if isinstance(error, HttpError):
         return error
     if isinstance(error, grpc.aio.AioRpcError):
-        return HttpError.of_code(error.code(), error.details() or error.code().name)
+        if error.code() in _ENGINES_OWN:
+            return HttpError.of_code(error.code(), error.details() or error.code().name)
+        # gRPC's own words name sockets and addresses.
+        logger.warning("an rpc failed: %s: %s", error.code().name, error.details())
+        return HttpError.of_code(grpc.StatusCode.UNAVAILABLE, _AWAY, retry_after_s=1.0)
+    if isinstance(error, RequestError):
+        return HttpError.bad_request(str(error), param=error.field)
+    if isinstance(error, SlowReader):
+        return HttpError(408, str(error), type="invalid_request_error")
     if isinstance(error, EngineUnavailable):
         return HttpError.of_code(
             grpc.StatusCode.UNAVAILABLE, str(error), retry_after_s=error.retry_after_s
@@ -116,7 +186,7 @@ def _key_of(scope: Scope) -> str | None:
     if value is None:
         return None
     key = bearer_key(value)
-    if not key:
+    if not key or not key.isascii():
         raise HttpError.of_code(
             grpc.StatusCode.UNAUTHENTICATED, "the header Authorization must be: Bearer KEY"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ...engine.errors import EngineUnavailable, SlowReader
+from ...engine.errors import EngineUnavailable, RequestError, SlowReader
 from ...protos.quire.v1 import inference_pb2 as pb
 from ...protos.quire.v1 import inference_pb2_grpc
 
@@ -35,8 +35,11 @@ _CHANNEL_OPTIONS = (
 )
 _SERVICE = "quire.v1.Inference"
 _RECONNECT_S = 0.1
-# About 256 KiB of text that was not taken.
-MAX_WAITING_EVENTS = 16384
+# Of one call's events that were not taken, about; what comes after that ends the call.
+MAX_WAITING_BYTES = 256 << 10
+_EVENT_BYTES = 32
+# The engine takes no larger message, and ends the stream of one who sends it.
+_MAX_MESSAGE_BYTES = (32 << 20) - 1024
 _CALL_TIMEOUT_S = 30.0
 _UNAVAILABLE: int = grpc.StatusCode.UNAVAILABLE.value[0]
 
@@ -60,6 +63,7 @@ class Answers:
         self._events: list[tuple[int, Outcome]] = []
         self._waiter: asyncio.Future[None] | None = None
         self._num_ended = 0
+        self._num_bytes = 0  # of the events, about
         self.is_overrun = False  # nobody took the events, so the requests were ended
 
     @property
@@ -88,19 +92,22 @@ class Answers:
                 await self._waiter
             finally:
                 self._waiter = None
-        taken, self._events = self._events, []
+        taken, self._events, self._num_bytes = self._events, [], 0
         return taken
 
     def close(self) -> None:
         """End what has not ended."""
         self._engine._cancel(self._ids)
 
-    def _put(self, number: int, outcome: Outcome, *, is_last: bool) -> None:
+    def _put(
+        self, number: int, outcome: Outcome, *, is_last: bool = False, is_plain: bool = False
+    ) -> None:
         self._num_ended += is_last
-        if len(self._events) > MAX_WAITING_EVENTS:
+        if self._num_bytes > MAX_WAITING_BYTES:
             self.is_overrun = True
             self.close()
             return
+        self._num_bytes += _EVENT_BYTES if is_plain else outcome.ByteSize()
         self._events.append((number, outcome))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -122,6 +129,7 @@ class Engine:
         self._ids = itertools.count(1)
         self._answers: dict[int, tuple[Answers, int]] = {}
         self._outgoing: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
+        self._last_loss = ""
         self.is_connected = False  # whether requests can be submitted
 
     async def run(self) -> None:
@@ -148,7 +156,9 @@ class Engine:
         return await rpc(request, metadata=metadata, timeout=_CALL_TIMEOUT_S)
 
     async def is_serving(self, timeout_s: float) -> bool:
-        """What the engine's health says."""
+        """What the engine's health says, and whether there is a stream to it."""
+        if not self.is_connected:
+            return False
         request = health_pb2.HealthCheckRequest(service=_SERVICE)
         try:
             answer = await self._health.Check(request, timeout=timeout_s)
@@ -169,13 +179,19 @@ class Engine:
                 "the engine is not there; try again in a second", retry_after_s=1.0
             )
         session_id = next(self._ids)
-        self._answers[session_id] = answers, number
         submit = pb.SessionSubmit(id=session_id, bearer_key=bearer_key or "")
         if isinstance(request, pb.ChatRequest):
             submit.chat.CopyFrom(request)
         else:
             submit.generate.CopyFrom(request)
-        self._outgoing.put_nowait(pb.SessionRequest(submit=submit))
+        message = pb.SessionRequest(submit=submit)
+        if message.ByteSize() > _MAX_MESSAGE_BYTES:
+            raise RequestError(
+                f"the request has {message.ByteSize()} bytes, at most {_MAX_MESSAGE_BYTES} are "
+                "allowed; send less"
+            )
+        self._answers[session_id] = answers, number
+        self._outgoing.put_nowait(message)
         return session_id
 
     async def _follow(self) -> None:
@@ -210,13 +226,18 @@ class Engine:
             del self._answers[session_id]
             answers._put(number, delta, is_last=True)
         else:
-            answers._put(number, delta, is_last=False)
+            answers._put(number, delta, is_plain=not delta.logprobs)
 
     def _lose(self, why: str) -> None:
-        if self._answers:
-            logger.warning("the engine was lost: %s", why)
+        if why != self._last_loss:  # not again and again while it is away
+            logger.warning("there is no stream to the engine: %s", why)
+        self._last_loss = why
         for session_id in list(self._answers):
-            error = pb.SessionError(code=_UNAVAILABLE, message=f"the engine was lost: {why}")
+            error = pb.SessionError(
+                code=_UNAVAILABLE,
+                message="the engine was lost while this request was under way; send it again",
+                retry_after_ns=10**9,
+            )
             self._on_event(pb.SessionEvent(id=session_id, error=error))
 
     def _cancel(self, session_ids: Iterable[int]) -> None:

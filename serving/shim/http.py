@@ -20,8 +20,6 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_BODY_BYTES = 32 << 20
 # From the head of a request to the end of its body.
 BODY_TIMEOUT_S = 60.0
-# A part of a stream that the client does not read in this time ends its call.
-WRITE_TIMEOUT_S = 30.0
 
 
 _EVENT_HEADERS = {
@@ -117,16 +115,13 @@ class Reply:
 
     async def events(self, events: AsyncIterator[bytes]) -> None:
         """Server-sent events as they come. Nothing is sent before the first one is there, so what
-        goes wrong before is still a status of its own. Raises ClientGone for one who does not read.
+        goes wrong before is still a status of its own.
         """
         first = await anext(events)
         await self._start(200, _EVENT_HEADERS)
-        with _Progress() as progress:
-            await self._part(first)
-            async for body in events:
-                progress.begin()
-                await self._part(body)
-                progress.end()
+        await self._part(first)
+        async for body in events:
+            await self._part(body)
         await self._send({"type": "http.response.body", "body": b""})
 
     async def _part(self, body: bytes) -> None:
@@ -139,45 +134,6 @@ class Reply:
             for name, value in (*headers.items(), ("x-request-id", self.request_id))
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
-
-
-class _Progress:
-    """Ends the task that is in its `with` with ClientGone when one part is not taken in time. One
-    timer now and then is cheaper than one for each part.
-    """
-
-    def __init__(self) -> None:
-        self._task = asyncio.current_task()
-        self._loop = asyncio.get_running_loop()
-        self._num_begun = 0
-        self._num_ended = 0
-        self._num_seen = 0
-        self._is_stuck = False
-
-    def begin(self) -> None:
-        self._num_begun += 1
-
-    def end(self) -> None:
-        self._num_ended += 1
-
-    def __enter__(self) -> "_Progress":
-        self._timer = self._loop.call_later(WRITE_TIMEOUT_S, self._look)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._timer.cancel()
-        if self._is_stuck and kind is asyncio.CancelledError and self._task is not None:
-            self._task.uncancel()
-            raise ClientGone
-
-    def _look(self) -> None:
-        is_sending = self._num_begun > self._num_ended
-        if is_sending and self._num_begun == self._num_seen and self._task is not None:
-            self._is_stuck = True
-            self._task.cancel()
-            return
-        self._num_seen = self._num_begun if is_sending else 0
-        self._timer = self._loop.call_later(WRITE_TIMEOUT_S, self._look)
 
 
 async def unless_client_goes(receive: Receive, work: Awaitable[None]) -> None:

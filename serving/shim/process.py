@@ -1,22 +1,36 @@
 """One shim process: an HTTP server in front of an engine, until it is told to stop."""
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import uvicorn
 
 from ...engine.errors import ConfigError
+from ..config import ServeConfig
+from ..tls import tls_context
 from .app import make_app
 from .engine import Engine, EngineAddress
-from .protocol import BoundedProtocol
+from .protocol import IDLE_TIMEOUT_S, BoundedProtocol
 
 _POLL_S = 0.02
 _READY_TIMEOUT_S = 2.0
 _BACKLOG = 2048
-_KEEP_ALIVE_S = 75
+_MAX_CONNECTIONS = 4096
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Files, PEM. ca_certs: authorities of the certificates that clients must show, if any."""
+
+    certfile: str
+    keyfile: str
+    ca_certs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,9 +42,19 @@ class ShimOptions:
     host: str
     port: int
     engine: EngineAddress
+    tls: Tls | None = None
     shares_port: bool = False
     refuses_unknown: bool = True
     drain_timeout_s: float = 30.0
+
+
+def tls_of(config: ServeConfig) -> Tls | None:
+    """Raises ConfigError for files that cannot be used."""
+    if tls_context(config) is None:
+        return None
+    assert config.ssl_certfile is not None
+    assert config.ssl_keyfile is not None
+    return Tls(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs)
 
 
 def bound_socket(options: ShimOptions) -> socket.socket:
@@ -51,6 +75,20 @@ def bound_socket(options: ShimOptions) -> socket.socket:
     return listening
 
 
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own raises them again at the end, when there is still something to close."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
 async def serve_http(
     options: ShimOptions, listening: socket.socket, on_ready: Callable[[str], None]
 ) -> None:
@@ -61,7 +99,7 @@ async def serve_http(
         has_key=options.engine.key is not None,
         refuses_unknown=options.refuses_unknown,
     )
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             loop="none",  # the caller's
@@ -72,13 +110,20 @@ async def serve_http(
             access_log=False,
             server_header=False,
             backlog=_BACKLOG,
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_keep_alive=round(IDLE_TIMEOUT_S),
+            limit_concurrency=_MAX_CONNECTIONS,
+            ssl_certfile=options.tls.certfile if options.tls else None,
+            ssl_keyfile=options.tls.keyfile if options.tls else None,
+            ssl_ca_certs=options.tls.ca_certs if options.tls else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED
+            if options.tls and options.tls.ca_certs
+            else ssl.CERT_NONE,
             timeout_graceful_shutdown=max(1, round(options.drain_timeout_s)),
         )
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its life is the supervisor's to tell
     following = asyncio.create_task(engine.run())
-    telling = asyncio.create_task(_tell_ready(engine, server, listening, on_ready))
+    telling = asyncio.create_task(_tell_ready(options, engine, server, listening, on_ready))
     try:
         await server.serve(sockets=[listening])
     finally:
@@ -89,6 +134,7 @@ async def serve_http(
 
 
 async def _tell_ready(
+    options: ShimOptions,
     engine: Engine,
     server: uvicorn.Server,
     listening: socket.socket,
@@ -99,4 +145,5 @@ async def _tell_ready(
     ):
         await asyncio.sleep(_POLL_S)
     host, port = listening.getsockname()[:2]
-    on_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    scheme = "http" if options.tls is None else "https"
+    on_ready(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")

@@ -1,8 +1,7 @@
 """Routes that belong to no dialect alone: health, version, metrics, and text to tokens and back."""
 
+import reprlib
 from typing import Any
-
-import orjson
 
 from ... import __version__
 from ...protos.quire.v1 import inference_pb2 as pb
@@ -13,6 +12,7 @@ from .openai.requests import message_of
 from .openapi import document
 
 _HEALTH_TIMEOUT_S = 2.0
+_MAX_TOKEN_STRS = 1024
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -65,6 +65,12 @@ class ServerRoutes:
         tokens = list(found.token_ids)
         texts = None
         if _flag(body, "return_token_strs", False):
+            if len(tokens) > _MAX_TOKEN_STRS:
+                raise HttpError.bad_request(
+                    f"return_token_strs gives the texts of at most {_MAX_TOKEN_STRS} tokens, and "
+                    f"these are {len(tokens)}; send less text",
+                    param="return_token_strs",
+                )
             texts = [(await self._detokenized([token], key)) for token in tokens]
         await reply.json(
             {
@@ -118,7 +124,7 @@ def _flag(body: dict[str, Any], name: str, default: bool) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise HttpError.bad_request(
-            f"{name} must be true or false, got {orjson.dumps(value)[:80].decode()}",
+            f"{name} must be true or false, got {reprlib.repr(value)}",
             param=name,
             code="invalid_value",
         )

@@ -1,5 +1,6 @@
 """Errors of the OpenAI dialect: the one table from gRPC codes to statuses, types and codes."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import grpc
@@ -45,8 +46,12 @@ class HttpError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self._headers = dict(headers or {})
+        if status == 401:
+            self._headers["www-authenticate"] = "Bearer"
         self.status = status
         self.type = type
         self.param = param
@@ -76,7 +81,7 @@ class HttpError(Exception):
         status, kind, code = _BY_CODE.get(grpc_code, (500, _SERVER, None))
         name = field.removeprefix(_SAMPLING)
         param = _PARAMS.get(name, name) or None
-        if param == "prompt" and "context" in message:
+        if param in ("prompt", "messages") and "context" in message:
             code = "context_length_exceeded"
         return cls(status, message, type=kind, param=param, code=code, retry_after_s=retry_after_s)
 
@@ -94,8 +99,8 @@ class HttpError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What clients read to know when to come again."""
+        """What HTTP wants besides, and what clients read to know when to come again."""
         if self.retry_after_s is None:
-            return {}
+            return self._headers
         ms = max(1, round(self.retry_after_s * 1000))
-        return {"retry-after": str(-(-ms // 1000)), "retry-after-ms": str(ms)}
+        return self._headers | {"retry-after": str(-(-ms // 1000)), "retry-after-ms": str(ms)}

@@ -1,6 +1,6 @@
 """What becomes of each field that OpenAI's clients, and vLLM's, may send: the one table.
 
-Honoured fields are those of the models in chat.py and completions.py. Here is the rest: accepted
+Honoured fields are those of the models in requests.py. Here is the rest: accepted
 because it changes nothing, refused because it would, and everything else is unknown.
 """
 

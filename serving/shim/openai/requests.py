@@ -4,9 +4,10 @@ Types are checked here; ranges, ids and lengths are the engine's to check, once 
 """
 
 import json
-from typing import Any, Literal
+import reprlib
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from ....protos.quire.v1 import inference_pb2 as pb
 from .errors import HttpError
@@ -14,6 +15,28 @@ from .errors import HttpError
 _I64 = 2**63
 
 JsonObject = dict[str, Any]
+
+
+class _FirstError(FailFast):
+    """One error is enough: a list of millions would give millions."""
+
+    def __hash__(self) -> int:
+        """FailFast has none, so a union could not hold it."""
+        return 0
+
+
+Ids = Annotated[list[int], _FirstError()]
+Texts = Annotated[list[str], _FirstError()]
+Objects = Annotated[list[JsonObject], _FirstError()]
+
+_PROMPT_SCHEMA: JsonObject = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
 
 
 class StreamOptions(BaseModel):
@@ -44,19 +67,19 @@ class Sampling(BaseModel):
     top_k: int | None = Field(None, description="0 and -1 are off")
     min_p: float | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
     prompt_logprobs: int | None = None
     seed: int | None = Field(None, ge=-_I64, le=_I64 - 1)
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: Ids | None = None
+    bad_words: Texts | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = None
     request_id: str | None = None
@@ -71,16 +94,16 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: str = Field(min_length=1)
-    content: str | list[JsonObject] | None = None
+    content: str | Objects | None = None
     name: str | None = None
-    tool_calls: list[JsonObject] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
 
 
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], _FirstError()] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(None, description="wins over max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -92,7 +115,8 @@ class ChatBody(Sampling):
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    # Checked in prompts_of(): pydantic would make an error of each item of a list of millions.
+    prompt: Any = Field(json_schema_extra=_PROMPT_SCHEMA)
     logprobs: int | None = None
     echo: bool | None = None
 
@@ -130,7 +154,7 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
     if body.add_generation_prompt is not None:
         request.add_generation_prompt = body.add_generation_prompt
     if body.chat_template_kwargs:
-        request.chat_template_kwargs_json = json.dumps(body.chat_template_kwargs)
+        request.chat_template_kwargs_json = _compact(body.chat_template_kwargs)
     most = body.max_completion_tokens
     if most is not None:
         body = body.model_copy(update={"max_tokens": most})
@@ -148,7 +172,7 @@ def completion_requests(
     """One for each prompt. Raises HttpError."""
     if body.echo and body.max_tokens == 0:
         body = body.model_copy(update={"max_tokens": 1})  # one is computed and not shown
-    requests = []
+    requests: list[pb.GenerateRequest] = []
     for prompt in prompts:
         request = pb.GenerateRequest()
         if isinstance(prompt, str):
@@ -163,26 +187,34 @@ def completion_requests(
             if body.echo:
                 _set(request.sampling_params, "prompt_logprobs", body.logprobs)
         _fill_envelope(request, body)
+        if body.request_id and len(prompts) > 1:
+            request.request_id = f"{body.request_id}-{len(requests)}"
         requests.append(request)
     return requests
 
 
 def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
-    """The prompts of the call: one, or those of a list."""
+    """The prompts of the call: one, or those of a list. Raises HttpError."""
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
-    if not prompt:
-        raise HttpError.bad_request("prompt is empty; send some text", param="prompt")
-    if isinstance(prompt[0], int):
+    kinds = set(map(type, prompt)) if isinstance(prompt, list) else set()
+    if kinds == {int}:
         return [prompt]
-    return prompt
+    if kinds == {str}:
+        return list(prompt)
+    if kinds == {list} and all(set(map(type, one)) == {int} for one in prompt):
+        return list(prompt)
+    raise HttpError.bad_request(
+        "prompt must be a text, a list of token ids, or a list of either, none of them empty",
+        param="prompt",
+        code="invalid_value",
+    )
 
 
 def _fill_envelope(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
-    request.model = body.model or ""
-    request.request_id = body.request_id or ""
-    request.cache_salt = body.cache_salt or ""
+    for name in ("model", "request_id", "cache_salt"):
+        _set(request, name, getattr(body, name) or "")
     _set(request, "priority", body.priority or 0)
 
 
@@ -214,7 +246,7 @@ def _fill(params: pb.SamplingParams, body: Sampling) -> None:
 def _set(message: Any, name: str, value: object) -> None:
     try:
         setattr(message, name, value)
-    except ValueError as error:
+    except (ValueError, UnicodeError) as error:
         raise _unfit(name, value) from error
 
 
@@ -225,10 +257,14 @@ def _extend(field: Any, name: str, values: list[Any]) -> None:
         raise _unfit(name, values) from error
 
 
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def _unfit(name: str, value: object) -> HttpError:
     return HttpError.bad_request(
         f"{name} must be in range for a 32-bit number, 0 or more, and text must be Unicode; got "
-        f"{value!r:.80}",
+        f"{reprlib.repr(value)}",
         param=name,
         code="invalid_value",
     )
@@ -257,7 +293,7 @@ def _message(one: Message, index: int) -> pb.ChatMessage:
         if value is not None:
             _set(message, name, value)
     if one.tool_calls:
-        message.tool_calls_json = json.dumps(one.tool_calls)
+        message.tool_calls_json = _compact(one.tool_calls)
     return message
 
 

@@ -1,5 +1,6 @@
 """The routes of OpenAI's dialect."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,8 +80,11 @@ class OpenAI:
             body = kind.model_validate(value)
         except ValidationError as error:
             raise _refusal(error) from error
-        check_rest(body.model_extra or {}, kind.model_fields, refuses_unknown=self._refuses_unknown)
-        if "stream_options" in value and not body.stream:
+        rest = dict(body.model_extra or {})
+        if rest.get("best_of") == (body.n or 1):
+            del rest["best_of"]
+        check_rest(rest, kind.model_fields, refuses_unknown=self._refuses_unknown)
+        if value.get("stream_options") is not None and not body.stream:
             raise HttpError.bad_request(
                 "stream_options is for streamed answers; leave it out, or set stream: true",
                 param="stream_options",
@@ -117,11 +121,7 @@ class OpenAI:
 
     async def _default(self, key: str | None) -> str:
         """The first served name."""
-        if self._default_name is None:
-            self._default_name = (await self._listed(key))[0]["id"]
-        return self._default_name
-
-    _default_name: str | None = None
+        return str((await self._listed(key))[0]["id"])
 
     async def _listed(self, key: str | None) -> list[dict[str, Any]]:
         request = pb.ListModelsRequest()
@@ -145,7 +145,6 @@ def _refusal(error: ValidationError) -> HttpError:
     first = error.errors(include_url=False, include_context=False)[0]
     where = [str(part) for part in first["loc"]]
     param = ".".join(where) or None
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    shown = reprlib.repr(first["input"])
     message = f"{param or 'the body'}: {first['msg']} ({first['type']}), got {shown}"
     return HttpError.bad_request(message, param=where[0] if where else None, code="invalid_value")
