@@ -176,7 +176,10 @@ def completion_requests(
     for prompt in prompts:
         request = pb.GenerateRequest()
         if isinstance(prompt, str):
-            request.text = prompt
+            try:
+                request.text = prompt
+            except ValueError as error:
+                raise _unfit("prompt", prompt) from error
         else:
             _extend(request.token_ids.ids, "prompt", prompt)
         _fill(request.sampling_params, body)
