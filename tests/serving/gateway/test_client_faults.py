@@ -178,6 +178,7 @@ async def last_event(call: Any, session_id: int) -> pb.SessionEvent:
                 return event
 
 
+@pytest.mark.slow
 def test_stopped_process_is_given_up(engine: Engine) -> None:
     """Nothing of it reads: the buffers of the kernel are full too."""
 

@@ -42,6 +42,13 @@ def last(core_id: str) -> StepOutput:
     return token(core_id, finish_reason=FinishReason.LENGTH)
 
 
+def called(g: Served, rpc: str) -> Any:
+    """A call of one request, which in a session has the id 1."""
+    if rpc == "Session":
+        return g.stub.Session(submits(pb.SessionSubmit(id=1, generate=request())))
+    return getattr(g.stub, rpc)(request())
+
+
 # The queue
 
 
@@ -182,17 +189,10 @@ async def started(g: Served, core: ScriptedCore) -> None:
         assert g.gateway.metrics.num_open == 1
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        refused_in_prepare,
-        refused_by_id,
-        cancelled_before_its_first_token,
-        failed_in_the_core,
-        timed_out,
-        started,
-    ],
-)
+WAYS = [refused_in_prepare, refused_by_id, cancelled_before_its_first_token]
+
+
+@pytest.mark.parametrize("way", [*WAYS, failed_in_the_core, timed_out, started])
 def test_place_is_given_back(way: Any) -> None:
     core = ScriptedCore()
 
@@ -252,11 +252,7 @@ def test_client_that_goes_while_its_request_is_prepared_leaves_nothing(
     core = ScriptedCore()
 
     async def use(g: Served) -> None:
-        metrics = g.gateway.metrics
-        if rpc == "Session":
-            call = g.stub.Session(submits(pb.SessionSubmit(id=1, generate=request())))
-        else:
-            call = getattr(g.stub, rpc)(request())
+        metrics, call = g.gateway.metrics, called(g, rpc)
         await until(lambda: metrics.num_open == 1)
         call.cancel()
         await until(lambda: (metrics.num_open, metrics.num_queued) == (0, 0))
@@ -277,20 +273,15 @@ def test_reader_that_comes_back_in_time_gets_all_in_fewer_messages(
     core, num_outputs = ScriptedCore(), 100
 
     async def use(g: Served) -> None:
-        one = request()
-        if rpc == "Session":
-            call = g.stub.Session(submits(pb.SessionSubmit(id=1, generate=one)))
-        else:
-            call = g.stub.GenerateStream(one)
+        call = called(g, rpc)
         (core_id,) = await core.submitted()
         for number in range(num_outputs):
             await core.send(wide(core_id))
             await until(lambda n=number: g.gateway.metrics.num_generation_tokens > n)
         await core.send(last(core_id))
         heard = await hear(call)
-        deltas = heard.messages
-        if rpc == "Session":
-            deltas = [event.delta for event in heard.events]
+        is_session = rpc == "Session"
+        deltas = [e.delta for e in heard.events] if is_session else heard.messages
         assert heard.status is None
         assert len(deltas) < num_outputs
         assert "".join(delta.text for delta in deltas) == "C" * (num_outputs + 1)
@@ -308,7 +299,7 @@ def test_reader_that_does_not_read_is_given_up_and_others_go_on(rpc: str) -> Non
     core = ScriptedCore()
 
     async def use(g: Served) -> None:
-        slow = getattr(g.stub, rpc)(request())
+        slow = called(g, rpc)
         await core.submitted()
         other = g.stub.GenerateStream(request())
         slow_id, other_id = await core.submitted(2)
@@ -364,11 +355,7 @@ def test_message_that_is_not_taken_ends_its_call(monkeypatch: pytest.MonkeyPatch
     core = ScriptedCore()
 
     async def use(g: Served) -> None:
-        one = request()
-        if rpc == "Session":
-            call = g.stub.Session(submits(pb.SessionSubmit(id=1, generate=one)))
-        else:
-            call = g.stub.GenerateStream(one)
+        call = called(g, rpc)
         (core_id,) = await core.submitted()
         while not core.aborts:
             await core.send(wide(core_id))
@@ -378,5 +365,32 @@ def test_message_that_is_not_taken_ends_its_call(monkeypatch: pytest.MonkeyPatch
         assert status is not None
         assert status.code is RESOURCE_EXHAUSTED
         assert status.message == "a message was not read for 0.2 s; read faster"
+
+    serve(core.opened, use)
+
+
+@pytest.mark.parametrize("rpc", ["Session", "GenerateStream"])
+@pytest.mark.parametrize(("num_tokens", "is_whole"), [(2, True), (3, False), (30, False)])
+def test_answer_that_ends_in_the_step_that_gives_it_up_is_whole_or_an_error(
+    monkeypatch: pytest.MonkeyPatch, rpc: str, num_tokens: int, is_whole: bool
+) -> None:
+    """Pieces were dropped, the request was done before it could be ended, and its reader was told
+    neither: a stream ended with OK, and a session waited for its end for ever.
+    """
+    monkeypatch.setattr(outbox, "MAX_WAITING_BYTES", 40)  # two tokens
+    core = ScriptedCore()
+
+    async def use(g: Served) -> None:
+        reading = asyncio.create_task(hear(called(g, rpc)))
+        (core_id,) = await core.submitted()
+        await core.send(*[token(core_id)] * num_tokens, last(core_id))
+        heard = await reading
+        code = 0 if heard.status is None else heard.status.code.value[0]
+        finish = heard.messages[-1]
+        if rpc == "Session":
+            assert code == 0
+            code, finish = heard.events[-1].error.code, heard.events[-1].delta
+        assert code == (0 if is_whole else RESOURCE_EXHAUSTED.value[0])
+        assert finish.finish_reason == (pb.FINISH_REASON_LENGTH if is_whole else 0)
 
     serve(core.opened, use)

@@ -16,7 +16,8 @@ from .engines import Client, Engine, Result, generate, until_tokens
 from .gateways import status_of
 
 # Seconds of work, and how long its end may take beyond that.
-LONG = generate(max_tokens=1500)
+NUM_TOKENS = 1000
+LONG = generate(max_tokens=NUM_TOKENS)
 MOST_STOP_S = 10.0
 # Of a client that holds little that it has not read.
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
@@ -58,7 +59,7 @@ def test_sigterm_lets_open_streams_finish() -> None:
         assert await short == undisturbed
         await asyncio.gather(*calls)
         for one in (result, *session):
-            assert one.num_tokens == 1500
+            assert one.num_tokens == NUM_TOKENS
             assert one.answers[0].finish_reason == pb.FINISH_REASON_LENGTH
 
     with Engine() as engine:
@@ -113,7 +114,7 @@ def test_second_signal_ends_all_at_once(number: signal.Signals, code: int) -> No
         engine.process.send_signal(number)
         assert await asyncio.to_thread(engine.process.wait, 2) == code
         assert (await call).code is grpc.StatusCode.UNAVAILABLE
-        assert result.num_tokens < 1500
+        assert result.num_tokens < NUM_TOKENS
 
     with Engine() as engine:
         engine.until_said("quire: ready in ")
