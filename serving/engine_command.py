@@ -75,7 +75,8 @@ def _run(arguments: argparse.Namespace, http: dict[str, Any] | None) -> int:
 
     # The file is read once: the keys stay those that were checked here.
     serve = {k: v for k, v in serve.items() if k != "api_key_file"} | {"api_key": keys}
-    fronts = [Front("gateway", _python("gateway"), {"engine": engine, "serve": serve})]
+    options = {"engine": engine, "serve": serve}
+    fronts = [Front("gateway", _python("gateway"), options, has_socket=True)]
     if http is not None:
         count = HttpConfig(**http).api_server_count
         for number in range(1, count + 1):

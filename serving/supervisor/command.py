@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from ...engine.config import EngineConfig
 from ..core_client.client import CoreClient
 from .child import Child
@@ -27,6 +30,7 @@ class Front:
     name: str
     command: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    has_socket: bool = False  # it makes the front socket, and answers there
 
 
 def run_engine(
@@ -73,14 +77,24 @@ async def _run(
         "front_socket": str(folder / "gateway.sock"),
         "secret": secret,
     }
+    gateway = grpc.aio.insecure_channel(f"unix:{shared['front_socket']}")
+    health: Any = health_pb2_grpc.HealthStub(gateway)
+
+    async def why_gateway_is_stuck() -> None:
+        # Whatever it answers, it moves; what it says is for others.
+        await health.Check(health_pb2.HealthCheckRequest(), timeout=limits.step_timeout_s)
+
     children = [core]
     for front in fronts:
-        children.append(Child(front.name, front.command, {**front.options, **shared}, drains=True))
+        options = {**front.options, **shared}
+        ask = why_gateway_is_stuck if front.has_socket else None
+        children.append(Child(front.name, front.command, options, drains=True, why_stuck=ask))
     display = Display()
     try:
         return await Supervisor(children, limits, display).run()
     finally:
         await client.close()
+        await gateway.close()
         display.close()
 
 

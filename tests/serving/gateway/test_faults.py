@@ -181,6 +181,18 @@ def test_stopped_core_is_replaced_and_changes_no_answer(engine: Engine, undistur
     engine.run(use)
 
 
+def test_stopped_gateway_is_replaced(engine: Engine) -> None:
+    """Nobody asked it whether it moves."""
+
+    async def use(client: Client) -> None:
+        gateway = engine.pid_of("gateway")
+        os.kill(gateway, signal.SIGSTOP)
+        await asyncio.to_thread(wait_until, lambda: not is_alive(gateway))
+        await client.until_serving()
+
+    engine.run(use)
+
+
 def test_killed_gateway_ends_calls_as_unavailable_and_is_replaced(
     engine: Engine, undisturbed: Load
 ) -> None:
