@@ -189,6 +189,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         await context.write(event.delta)
         except TimeoutError:
             self._intake.cancel(request)
+            self._outboxes.discard(outbox)
             await self._give_up(context)
         finally:
             self._outboxes.discard(outbox)

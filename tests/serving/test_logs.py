@@ -1,5 +1,6 @@
 """Lines of the log: what they look like, and that nobody can forge one."""
 
+import contextlib
 import io
 import json
 import logging
@@ -140,14 +141,18 @@ def test_stderr_that_nobody_reads_stops_nobody(monkeypatch: pytest.MonkeyPatch):
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()
     read, write = os.pipe()
-    with os.fdopen(write, "w") as stderr:
-        monkeypatch.setattr("sys.stderr", stderr)
-        monkeypatch.setattr(logs, "_MAX_RECORDS", 10)
-        monkeypatch.setattr(logs, "_CLOSE_S", 0.1)
+    stderr = os.fdopen(write, "w")
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setattr(logs, "_MAX_RECORDS", 10)
+    monkeypatch.setattr(logs, "_CLOSE_S", 0.1)
+    try:
         close = configure_logs("info", "text")
-        for _ in range(1000):
+        for _ in range(1000):  # a pipe holds some 60
             logging.getLogger("quire").info("x" * 1000)
+        close()
+    finally:
         root.handlers[:] = handlers
         root.setLevel(level)
         os.close(read)
-        close()
+        with contextlib.suppress(BrokenPipeError):
+            stderr.close()

@@ -13,6 +13,7 @@ from quire import __version__
 from quire.engine.core_io import StepOutput
 from quire.engine.request import FinishReason
 from quire.protos.quire.v1 import inference_pb2 as pb
+from quire.serving.gateway import outbox
 
 from ..core.cores import OPTIONS
 from .gateways import ScriptedCore, Served, SessionClient, hear, serve, status_of, until
@@ -266,6 +267,27 @@ def test_drain_without_time_ends_what_is_open_with_abort() -> None:
                 assert session.status.code is UNAVAILABLE
 
     serve(core.opened, use, drain_timeout=0.1)
+
+
+def test_drain_does_not_wait_for_a_reader_that_was_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """His status waits behind a message that he does not read."""
+    monkeypatch.setattr(outbox, "MAX_WAITING_BYTES", 1 << 30)
+    monkeypatch.setattr(outbox, "WRITE_TIMEOUT_S", 0.2)
+    core = ScriptedCore()
+
+    async def use(g: Served) -> None:
+        call = g.stub.GenerateStream(request())
+        (core_id,) = await core.submitted()
+        while not core.aborts:
+            await core.send(StepOutput(core_id, (40,) * 2000))
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            await g.gateway.drain()
+        call.cancel()
+
+    serve(core.opened, use, drain_timeout=30)
 
 
 # Facts

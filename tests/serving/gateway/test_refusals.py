@@ -21,8 +21,8 @@ KEY = "sesame"
 MAX_RUNNING, MAX_QUEUED = 4, 3
 # Of the rendering limit of 1 s, and of half as many threads as there are templates.
 MOST_RENDER_S = 6.0
-# A pause of a stream; on a busy machine there is one now and then, behind templates all are.
-PAUSE_S = 0.5
+# Of a stream meanwhile, also on a busy machine; it has some 700.
+LEAST_DELTAS = 60
 _LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -214,9 +214,8 @@ def test_template_that_does_not_end_is_refused_and_streams_go_on(engine: Engine)
             assert status.code is grpc.StatusCode.INVALID_ARGUMENT
             assert "ran longer than 1 s" in status.message
         assert took_s < MOST_RENDER_S
-        gaps = [b - a for a, b in zip(arrivals[first - 1 :], arrivals[first:last], strict=False)]
-        print(f"{len(gaps)} deltas in {took_s:.1f} s of rendering, {max(gaps):.3f} s apart at most")
-        assert sum(gap for gap in gaps if gap > PAUSE_S) < took_s / 2
+        # Rendered on the event loop, each of them would let one merged delta pass.
+        assert last - first > LEAST_DELTAS, f"{last - first} deltas in {took_s:.1f} s of rendering"
         await asyncio.gather(flowing, return_exceptions=True)
 
     engine.run(use)

@@ -368,7 +368,7 @@ def test_client_that_goes_ends_all_that_it_has_open() -> None:
 
 def test_deadline_ends_a_running_request_with_what_it_had() -> None:
     async def use(g: Served, client: SessionClient, core: ScriptedCore) -> None:
-        await client.submit(1, request(), timeout_ns=300_000_000)
+        await client.submit(1, request(), timeout_ns=1_000_000_000)
         (core_id,) = await core.submitted()
         await core.send(StepOutput(core_id, (40,)))
         end = await client.ended(1)
