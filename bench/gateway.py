@@ -58,7 +58,7 @@ async def gateway(step_ms: float) -> AsyncIterator[tuple[str, int]]:
             async for message in process.messages():
                 if message["event"] == "ready":
                     break
-            yield message["address"], process.pid
+            yield message["address"].split()[0], process.pid
         finally:
             process.close()
             await process.wait()
@@ -73,9 +73,10 @@ async def stub_of(address: str) -> tuple[grpc.aio.Channel, inference_pb2_grpc.In
         try:
             await stub.ListModels(pb.ListModelsRequest())
             return channel, stub
-        except grpc.aio.AioRpcError:
+        except grpc.aio.AioRpcError as error:
+            why = error
             await asyncio.sleep(0.02)
-    raise SystemExit("the gateway does not serve")
+    raise SystemExit(f"the gateway does not serve: {why}")
 
 
 def processor_s(pid: int) -> float:
@@ -154,14 +155,14 @@ async def calls_cost() -> None:
         counts = [0] * NUM_STREAMS
 
         async def one(number: int) -> None:
-            async for delta in stub.GenerateStream(request()):
-                counts[number] += len(delta.token_ids)
+            async for _ in stub.GenerateStream(request()):
+                counts[number] += 1
 
         calls = [asyncio.create_task(one(number)) for number in range(NUM_STREAMS)]
         await asyncio.sleep(3)
-        used_s, tokens, started = processor_s(pid), sum(counts), time.perf_counter()
+        used_s, messages, started = processor_s(pid), sum(counts), time.perf_counter()
         await asyncio.sleep(SECONDS)
-        used_s, tokens = processor_s(pid) - used_s, sum(counts) - tokens
+        used_s, messages = processor_s(pid) - used_s, sum(counts) - messages
         seconds = time.perf_counter() - started
         for call in calls:
             call.cancel()
@@ -170,10 +171,10 @@ async def calls_cost() -> None:
     emit(
         line(
             "gateway_generate_stream_256_calls",
-            tokens / seconds,
+            messages / seconds,
             "messages/s",
             None,
-            cost_us_per_message=round(used_s / tokens * 1e6, 1),
+            cost_us_per_message=round(used_s / messages * 1e6, 1),
             processor_percent=round(100 * used_s / seconds, 1),
         )
     )

@@ -36,7 +36,7 @@ _SERVICE = "quire.v1.Inference"
 _RECONNECT_S = 0.1
 # Of one call's events that were not taken, about; what comes after that ends the call.
 MAX_WAITING_BYTES = 256 << 10
-_EVENT_BYTES = 32
+_EVENT_BYTES, _LOGPROB_BYTES = 32, 24
 # The engine takes no larger message, and ends the stream of one who sends it.
 _MAX_MESSAGE_BYTES = (32 << 20) - 1024
 _CALL_TIMEOUT_S = 30.0
@@ -55,8 +55,10 @@ class EngineAddress:
 class Answers:
     """The requests of one caller, and one reader of all their events. Close it in any case."""
 
-    def __init__(self, engine: "Engine", bearer_key: str | None) -> None:
+    def __init__(self, engine: "Engine", bearer_key: str | None, num_logprobs: int) -> None:
         self._engine = engine
+        # Of one token, about; to look at each would be work.
+        self._event_bytes = _EVENT_BYTES + _LOGPROB_BYTES * num_logprobs
         self._key = bearer_key
         self._ids: list[int] = []
         self._events: list[tuple[int, Outcome]] = []
@@ -98,15 +100,13 @@ class Answers:
         """End what has not ended."""
         self._engine._cancel(self._ids)
 
-    def _put(
-        self, number: int, outcome: Outcome, *, is_last: bool = False, is_plain: bool = False
-    ) -> None:
+    def _put(self, number: int, outcome: Outcome, *, is_last: bool) -> None:
         self._num_ended += is_last
         if self._num_bytes > MAX_WAITING_BYTES:
             self.is_overrun = True
             self.close()
             return
-        self._num_bytes += _EVENT_BYTES if is_plain else outcome.ByteSize()
+        self._num_bytes += self._event_bytes
         self._events.append((number, outcome))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -142,9 +142,11 @@ class Engine:
             self._lose(why)
             await asyncio.sleep(_RECONNECT_S)
 
-    def open(self, bearer_key: str | None) -> Answers:
-        """For requests in the name of whoever has the key."""
-        return Answers(self, bearer_key)
+    def open(self, bearer_key: str | None, num_logprobs: int = 0) -> Answers:
+        """For requests in the name of whoever has the key. num_logprobs: of each token, those that
+        were asked for.
+        """
+        return Answers(self, bearer_key, num_logprobs)
 
     async def call(self, rpc: Any, request: Any, bearer_key: str | None) -> Any:
         """The answer of a unary rpc of `stub`, in the name of whoever has the key.
@@ -225,7 +227,7 @@ class Engine:
             del self._answers[session_id]
             answers._put(number, delta, is_last=True)
         else:
-            answers._put(number, delta, is_plain=not delta.logprobs)
+            answers._put(number, delta, is_last=False)
 
     def _lose(self, why: str) -> None:
         if why != self._last_loss:  # not again and again while it is away

@@ -103,7 +103,7 @@ class OpenAI:
     ) -> None:
         receive, reply = connection
         head = Head(shape, reply.request_id, body.model or await self._default(key))
-        answers = self._engine.open(key)
+        answers = self._engine.open(key, 1 + wants.num_top if wants.has_logprobs else 0)
         try:
             for request in requests:
                 answers.submit(request)
