@@ -4,7 +4,7 @@ random weights, in turn; and how long `quire engine` takes until it serves.
 Both engines are there all the time and idle while the other runs. The server's client, gateway and
 core share the same cores.
 
-python -m quire.bench.serve
+python -m quire.bench.serve [--starts]
 """
 
 import asyncio
@@ -161,7 +161,8 @@ def main() -> None:
         offline()
         return
     starts()
-    compare()
+    if "--starts" not in sys.argv:
+        compare()
 
 
 if __name__ == "__main__":

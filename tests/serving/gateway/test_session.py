@@ -307,11 +307,9 @@ def test_request_id_may_be_used_again_once_it_was_cancelled() -> None:
         for session_id in range(1, 21):
             await client.submit(session_id, request(request_id="same"))
             await client.cancel(session_id)
-        await client.submit(21, request(request_id="same"))
-        await until(lambda: g.gateway.link.num_open == 1)
-        (core_id,) = {choice.core_id for choice in g.gateway.link._choices.values()}
-        await core.submitted()
-        await core.send(ended(core_id))
+        await client.submit(21, request(7, request_id="same"))
+        await until(lambda: core.submits and core.submits[-1].params.max_tokens == 7)
+        await core.send(ended(core.submits[-1].request_id))
         await client.ended(21)
         assert len(client.events) == 1
 
