@@ -3,6 +3,7 @@
 What a client sends may stand in a message or in a field: it never starts a line of its own.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -36,7 +37,9 @@ def configure_logs(level: str, format: str) -> Callable[[], None]:
 
     def write() -> None:
         while (record := records.get()) is not None:
-            handler.handle(record)
+            # A stderr that is closed raises in the handler's own handling of errors.
+            with contextlib.suppress(Exception):
+                handler.handle(record)
 
     writing = threading.Thread(target=write, name="quire-log", daemon=True)
     writing.start()

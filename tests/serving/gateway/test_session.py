@@ -320,8 +320,9 @@ def test_cancel_ends_the_request_without_a_word() -> None:
     async def use(g: Served, client: SessionClient, core: ScriptedCore) -> None:
         await client.cancel(99)  # unknown
         await client.submit(1, request())
+        (cancelled,) = await core.submitted()
         await client.submit(2, request())
-        cancelled, other = await core.submitted(2)
+        _, other = await core.submitted(2)
         await core.send(StepOutput(cancelled, (40,)))
         await until(lambda: len(client.events) == 1)
         await client.cancel(1)
