@@ -32,7 +32,7 @@ from ..core.cores import OPTIONS, is_idle
 from ..core.cores import until as core_until
 
 SECRET = bytes(range(32))
-WAIT_S = 20.0  # for whatever is to come
+WAIT_S = 60.0  # for whatever is to come
 _POLL_S = 0.005
 # What a client takes that does not read: 64 KiB. gRPC lets it grow with the speed of the network.
 _SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
