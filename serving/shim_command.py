@@ -34,12 +34,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
     import uvloop
 
-    from . import collector
+    from . import collector, malloc
     from .logs import configure_logs
     from .say import say
     from .shim.engine import EngineAddress
     from .shim.process import ShimOptions, bound_socket, serve_http
 
+    malloc.use_one_arena()
     close_logs = configure_logs(serve.log_level, serve.log_format)
     ca = None if link.engine_ca is None else Path(link.engine_ca)
     options = ShimOptions(

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ...engine.errors import UsageError
-from .. import collector
+from .. import collector, malloc
 from ..logs import configure_logs
 from ..supervisor.channel import Channel, Message, channel_of
 
@@ -22,6 +22,7 @@ _SWITCH_INTERVAL_S = 0.0005
 
 def main() -> int:
     """Exit code, of a gateway that has drained or did not start."""
+    malloc.use_one_arena()
     channel = channel_of(sys.argv)
     options = channel.receive()
     serve = options["serve"]

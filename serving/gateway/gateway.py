@@ -15,6 +15,7 @@ from ...engine.model_source import find_model
 from ...engine.request import FinishReason
 from ...engine.text_files import TextFiles, open_text
 from ...engine.token_checks import TokenLimits
+from .. import collector
 from ..config import ServeConfig
 from ..core_client.client import CoreClient, CoreStatus
 from ..keys import bearer_key, front_key
@@ -113,6 +114,7 @@ class Gateway:
         self._tasks = [
             asyncio.create_task(self.link.run()),
             asyncio.create_task(self.health.run()),
+            asyncio.create_task(collector.collect(lambda: self._registry.num_open == 0)),
         ]
         self._files = await asyncio.to_thread(_open_text, self._engine_config)
         return address

@@ -10,7 +10,7 @@ import os
 import sys
 
 from ...engine.errors import UsageError
-from .. import collector
+from .. import collector, malloc
 from ..config import ServeConfig
 from ..http_config import HttpConfig
 from ..keys import front_key
@@ -27,6 +27,7 @@ def main() -> int:
     serve = ServeConfig(**message["serve"])
     close_logs = configure_logs(serve.log_level, serve.log_format)
     channel.watch(lambda _: None)
+    malloc.use_one_arena()
 
     import uvloop
 

@@ -131,6 +131,11 @@ class Engine:
         self._last_loss = ""
         self.is_connected = False  # whether requests can be submitted
 
+    @property
+    def num_open(self) -> int:
+        """Requests without their last event."""
+        return len(self._answers)
+
     async def run(self) -> None:
         """Keep a Session open across restarts of the engine, until cancelled."""
         while True:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from ...engine.errors import ConfigError
+from .. import collector
 from ..config import ServeConfig
 from ..tls import tls_context
 from .app import make_app
@@ -122,14 +123,17 @@ async def serve_http(
         )
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its life is the supervisor's to tell
-    following = asyncio.create_task(engine.run())
-    telling = asyncio.create_task(_tell_ready(options, engine, server, listening, on_ready))
+    tasks = [
+        asyncio.create_task(engine.run()),
+        asyncio.create_task(_tell_ready(options, engine, server, listening, on_ready)),
+        asyncio.create_task(collector.collect(lambda: engine.num_open == 0)),
+    ]
     try:
         await server.serve(sockets=[listening])
     finally:
-        for task in (following, telling):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(following, telling, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
 
 
