@@ -7,6 +7,7 @@ QuireError
 │   │   └── UnsupportedModel    well-formed, but we would run it wrongly or not at all
 │   ├── RequestError            one request; carries the name of the field
 │   │   ├── UnknownModel        it names a model that is not served
+│   │   ├── ContextExceeded     its prompt does not fit into the context
 │   │   └── DuplicateRequest    its id is that of an open request
 │   ├── AuthenticationError     no key, or a wrong one
 │   └── MemoryPlanError         the model, or one sequence of it, does not fit
@@ -50,6 +51,10 @@ class RequestError(UsageError):
 
 class UnknownModel(RequestError):
     """The request names a model that is not served."""
+
+
+class ContextExceeded(RequestError):
+    """The prompt leaves no room for an answer in the model's context."""
 
 
 class DuplicateRequest(RequestError):

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .errors import RequestError
+from .errors import ContextExceeded, RequestError
 from .sampling_params import SamplingParams
 
 
@@ -65,7 +65,7 @@ def _check_prompt(prompt_token_ids: Sequence[int], limits: TokenLimits) -> None:
             field="prompt_token_ids",
         )
     if len(prompt_token_ids) >= limits.max_model_len:
-        raise RequestError(
+        raise ContextExceeded(
             f"the prompt has {len(prompt_token_ids)} tokens, but the context is "
             f"{limits.max_model_len} and needs room for an answer; shorten the prompt to "
             f"{limits.max_model_len - 1} tokens or fewer, or start the engine with a larger "

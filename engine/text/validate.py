@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
 
-from ..errors import RequestError
+from ..errors import ContextExceeded, RequestError
 from ..sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
@@ -40,12 +40,13 @@ def check_text_request(
     *,
     max_model_len: int,
     add_special_tokens: bool = True,
+    keep_last: int | None = None,
 ) -> TextRequest:
     """prompt: a text, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (ids win).
 
     max_model_len: tokens; what is far too long for it is refused by its characters.
-    add_special_tokens=False for a rendered chat template, which has written them. Raises
-    RequestError.
+    add_special_tokens=False for a rendered chat template, which has written them. keep_last: how
+    many tokens of a longer prompt stay, the last ones. Raises RequestError.
     """
     if params.stop and not params.detokenize:
         raise RequestError(
@@ -59,7 +60,7 @@ def check_text_request(
         token_ids = _encode(text or "", tokenizer, add_special_tokens)
     return TextRequest(
         prompt=text,
-        prompt_token_ids=token_ids,
+        prompt_token_ids=token_ids if keep_last is None else token_ids[-keep_last:],
         params=params,
         bad_word_ids=_encode_bad_words(params.bad_words, tokenizer),
     )
@@ -130,7 +131,7 @@ def _read_ids(value: object, field: str) -> tuple[int, ...]:
 def _check_length(text: str, tokenizer: Tokenizer, max_model_len: int) -> None:
     most = _HOPELESS * max_model_len * tokenizer.most_characters
     if len(text) > most:
-        raise RequestError(
+        raise ContextExceeded(
             f"the prompt has {len(text)} characters, which cannot be {max_model_len} tokens or "
             "fewer (max_model_len); shorten it",
             field="prompt",

@@ -138,6 +138,7 @@ class Lane:
         if choice.index not in self._named:
             self._named.add(choice.index)
             delta.request_id = choice.request.terms.request_id
+            delta.prompt_tokens = len(choice.request.text.prompt_token_ids)
         return delta
 
 

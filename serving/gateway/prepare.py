@@ -8,7 +8,7 @@ Values are checked where LLM checks them: SamplingParams, `check_text_request`,
 from dataclasses import dataclass
 from typing import Any
 
-from ...engine.errors import RequestError, UnknownModel
+from ...engine.errors import ContextExceeded, RequestError, UnknownModel
 from ...engine.sampling_params import SamplingParams
 from ...engine.text.chat_template import RESERVED_VARIABLES
 from ...engine.text.validate import TextRequest, check_text_request
@@ -47,9 +47,11 @@ def check_envelope(message: AnyRequest, served: Served) -> None:
             "chat_template_kwargs_json", message.chat_template_kwargs_json, MAX_KWARGS_BYTES
         )
         _check_bytes("tools_json", message.tools_json, MAX_TOOLS_BYTES)
-    elif len(message.token_ids.ids) >= served.limits.max_model_len:
+    elif len(message.token_ids.ids) >= served.limits.max_model_len and not message.HasField(
+        "truncate_prompt_tokens"
+    ):
         # Here, before all of them are looked at; with the words of the check of those that fit.
-        raise RequestError(
+        raise ContextExceeded(
             f"the prompt has {len(message.token_ids.ids)} tokens, but the context is "
             f"{served.limits.max_model_len} and needs room for an answer; shorten the prompt",
             field="token_ids",
@@ -96,17 +98,20 @@ def _prompt_field(message: AnyRequest) -> str:
 
 def _prepared(message: AnyRequest, served: Served) -> TextRequest:
     params = params_from_proto(message.sampling_params, served.files.default_sampling)
+    keep_last = _kept(message, params, served.limits)
     if isinstance(message, inference_pb2.ChatRequest):
         prompt: Any = render(message, served.files)
+        adds_special_tokens = message.add_special_tokens
     else:
-        prompt = _prompt(message)
+        prompt = _prompt(message, keep_last)
+        adds_special_tokens = _true_unless_set(message, "add_special_tokens")
     checked = check_text_request(
         prompt,
         params,
         served.files.tokenizer,
         max_model_len=served.limits.max_model_len,
-        # A rendered template has written them.
-        add_special_tokens=isinstance(message, inference_pb2.GenerateRequest),
+        add_special_tokens=adds_special_tokens,
+        keep_last=keep_last,
     )
     resolved = check_token_request(checked.prompt_token_ids, checked.params, served.limits)
     return TextRequest(checked.prompt, checked.prompt_token_ids, resolved, checked.bad_word_ids)
@@ -146,11 +151,9 @@ def tokenize(message: inference_pb2.TokenizeRequest, served: Served) -> tuple[in
     if kind is None:
         raise RequestError("input is not set; send a text or a chat", field="input")
     if kind == "text" and not message.text:
-        adds = not message.HasField("add_special_tokens") or message.add_special_tokens
+        adds = _true_unless_set(message, "add_special_tokens")
         return tuple(served.files.tokenizer.encode("", adds))
-    text, adds_special_tokens = message.text, True
-    if message.HasField("add_special_tokens"):
-        adds_special_tokens = message.add_special_tokens
+    text, adds_special_tokens = message.text, _true_unless_set(message, "add_special_tokens")
     if kind == "chat":
         text, adds_special_tokens = render(message.chat, served.files), False
     try:
@@ -183,17 +186,44 @@ def detokenize(message: inference_pb2.DetokenizeRequest, served: Served) -> str:
             f"{width - 1}",
             field="token_ids",
         )
-    skips = not message.HasField("skip_special_tokens") or message.skip_special_tokens
+    skips = _true_unless_set(message, "skip_special_tokens")
     return served.files.tokenizer.decode(message.token_ids, skips)
 
 
-def _prompt(message: inference_pb2.GenerateRequest) -> dict[str, Any]:
+def _kept(message: AnyRequest, params: SamplingParams, limits: TokenLimits) -> int | None:
+    """How many of the prompt's last tokens stay; None is all."""
+    if not message.HasField("truncate_prompt_tokens"):
+        return None
+    most = int(message.truncate_prompt_tokens)
+    if most == -1:
+        most = limits.max_model_len - (params.max_tokens or 1)
+        if most < 1:
+            raise RequestError(
+                f"truncate_prompt_tokens is -1, but max_tokens is {params.max_tokens} and the "
+                f"context {limits.max_model_len}, so no prompt has room; lower max_tokens",
+                field="truncate_prompt_tokens",
+            )
+    if most < 1:
+        raise RequestError(
+            f"truncate_prompt_tokens must be at least 1, or -1 for what the context has room for, "
+            f"got {most}",
+            field="truncate_prompt_tokens",
+        )
+    return most
+
+
+def _true_unless_set(message: Any, field: str) -> bool:
+    return not message.HasField(field) or bool(getattr(message, field))
+
+
+def _prompt(message: inference_pb2.GenerateRequest, keep_last: int | None) -> dict[str, Any]:
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise RequestError("prompt is not set; send text or token_ids", field="prompt")
     if kind == "text":
         return {"prompt": message.text}
-    return {"prompt_token_ids": tuple(message.token_ids.ids)}
+    ids = message.token_ids.ids
+    return {"prompt_token_ids": tuple(ids if keep_last is None else ids[-keep_last:])}
 
 
 def _message(message: inference_pb2.ChatMessage, where: str) -> dict[str, Any]:

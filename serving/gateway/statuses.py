@@ -1,6 +1,7 @@
 """Exceptions as gRPC statuses: the one table, and the details that go with them.
 
-Details are google.rpc's: BadRequest names the field, RetryInfo says when to try again.
+Details are google.rpc's: BadRequest names the field, ErrorInfo the reason where programs want one,
+RetryInfo says when to try again.
 """
 
 import logging
@@ -11,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from ...engine.errors import (
     AuthenticationError,
+    ContextExceeded,
     DeadlinePassed,
     DuplicateRequest,
     EngineError,
@@ -67,6 +69,11 @@ def field_of(error: QuireError) -> str:
     return _PROTO_NAMES.get(field, field)
 
 
+def reason_of(error: QuireError) -> str:
+    """What the code does not say; empty if there is nothing."""
+    return "CONTEXT_LENGTH_EXCEEDED" if isinstance(error, ContextExceeded) else ""
+
+
 def retry_after_s(error: QuireError) -> float | None:
     if isinstance(error, Overloaded | EngineUnavailable):
         return error.retry_after_s
@@ -79,6 +86,7 @@ def session_error(error: QuireError) -> inference_pb2.SessionError:
         message=str(error),
         field=field_of(error),
         retry_after_ns=round((retry_after_s(error) or 0) * 1e9),
+        reason=reason_of(error),
     )
 
 
@@ -95,6 +103,9 @@ async def abort(context: Any, error: QuireError) -> NoReturn:
     if field := field_of(error):
         violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if reason := reason_of(error):
+        info = error_details_pb2.ErrorInfo(reason=reason, domain="quire")
+        status.details.add().Pack(info)
     retry_s = retry_after_s(error)
     if retry_s is not None:
         retry = error_details_pb2.RetryInfo()

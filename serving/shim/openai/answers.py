@@ -85,6 +85,15 @@ def usage(summaries: Iterable[pb.Summary], *, only_prompts: bool) -> JsonObject:
     }
 
 
+def running_usage(prompt_tokens: int, output_tokens: int) -> JsonObject:
+    """Of a stream so far."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }
+
+
 def chat_logprobs(positions: Any, wanted: int, *, as_ids: bool) -> JsonObject:
     """The logprobs of a chat choice. wanted: how many alternatives were asked for."""
     content = []

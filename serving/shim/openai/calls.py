@@ -75,6 +75,7 @@ class Call:
         self._choices: dict[int, _Choice] = {}
         self._summaries: dict[int, pb.Summary] = {}
         self._prompt_logprobs: dict[int, Any] = {}
+        self._prompt_tokens: dict[int, int] = {}
 
     # Whole
 
@@ -191,8 +192,10 @@ class Call:
         if self._wants.usage:
             payload["usage"] = None
         if self._wants.running_usage:
-            output = sum(len(c.token_ids) for c in self._choices.values())
-            payload["usage"] = {"completion_tokens": output}
+            payload["usage"] = shapes.running_usage(
+                sum(self._prompt_tokens.values()),
+                sum(len(c.token_ids) for c in self._choices.values()),
+            )
         return event(payload)
 
     # Both
@@ -239,6 +242,8 @@ class Call:
             raise HttpError(500, why, type="server_error")
         if delta.finish_reason:
             choice.last = delta
+        if delta.prompt_tokens:
+            self._prompt_tokens[number] = delta.prompt_tokens
         if delta.HasField("summary"):
             self._summaries[number] = delta.summary
         if delta.HasField("prompt_logprobs"):

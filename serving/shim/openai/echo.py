@@ -5,7 +5,7 @@ from typing import Any
 
 from ....protos.quire.v1 import inference_pb2 as pb
 from ..engine import Engine
-from .requests import CompletionBody, prompts_of
+from .requests import DEFAULT_MAX_TOKENS, CompletionBody, prompts_of
 
 
 @dataclass(frozen=True)
@@ -17,20 +17,44 @@ class Echo:
     first_token: str
 
 
-async def echoes_of(body: CompletionBody, engine: Engine, key: str | None) -> list[Echo]:
-    """One for each prompt of the call, in the engine's words. Raises AioRpcError."""
-    return [await _echo(prompt, body.model or "", engine, key) for prompt in prompts_of(body)]
+class Echoes:
+    """Asks the engine for the prompts of one call in its own words."""
 
+    def __init__(self, body: CompletionBody, engine: Engine, key: str | None) -> None:
+        self._body = body
+        self._engine = engine
+        self._key = key
 
-async def _echo(prompt: str | list[int], model: str, engine: Engine, key: str | None) -> Echo:
-    async def text_of(token_ids: list[int]) -> str:
-        request = pb.DetokenizeRequest(model=model, token_ids=token_ids, skip_special_tokens=False)
-        found: Any = await engine.call(engine.stub.Detokenize, request, key)
+    async def all(self) -> list[Echo]:
+        """One for each prompt. Raises AioRpcError."""
+        return [await self._echo(prompt) for prompt in prompts_of(self._body)]
+
+    async def _echo(self, prompt: str | list[int]) -> Echo:
+        most = self._body.truncate_prompt_tokens
+        whole: Any = None
+        if isinstance(prompt, str) or most == -1:
+            whole = await self._tokens_of(prompt)
+        token_ids = prompt if isinstance(prompt, list) else list(whole.token_ids)
+        if most == -1:
+            answer = self._body.max_tokens
+            most = whole.max_model_len - (DEFAULT_MAX_TOKENS if answer is None else answer or 1)
+        kept = token_ids if most is None or most < 1 else token_ids[-most:]
+        text = prompt if isinstance(prompt, str) else None
+        if text is None or len(kept) < len(token_ids):
+            text = await self._text_of(kept)
+        return Echo(text, kept, await self._text_of(kept[:1]))
+
+    async def _tokens_of(self, prompt: str | list[int]) -> Any:
+        """Of token ids, nothing but the context's length is asked."""
+        text = prompt if isinstance(prompt, str) else ""
+        request = pb.TokenizeRequest(model=self._body.model or "", text=text)
+        if self._body.add_special_tokens is not None:
+            request.add_special_tokens = self._body.add_special_tokens
+        return await self._engine.call(self._engine.stub.Tokenize, request, self._key)
+
+    async def _text_of(self, token_ids: list[int]) -> str:
+        request = pb.DetokenizeRequest(
+            model=self._body.model or "", token_ids=token_ids, skip_special_tokens=False
+        )
+        found: Any = await self._engine.call(self._engine.stub.Detokenize, request, self._key)
         return str(found.text)
-
-    if isinstance(prompt, str):
-        request = pb.TokenizeRequest(model=model, text=prompt)
-        found: Any = await engine.call(engine.stub.Tokenize, request, key)
-        token_ids = list(found.token_ids)
-        return Echo(prompt, token_ids, await text_of(token_ids[:1]))
-    return Echo(await text_of(prompt), prompt, await text_of(prompt[:1]))

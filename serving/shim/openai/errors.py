@@ -24,6 +24,7 @@ _BY_CODE: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
     grpc.StatusCode.UNAVAILABLE: (503, _SERVER, "service_unavailable"),
 }
 _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+_CODE_BY_REASON = {"CONTEXT_LENGTH_EXCEEDED": "context_length_exceeded"}
 _SAMPLING = "sampling_params."
 # Names of the .proto -> OpenAI's.
 _PARAMS = {
@@ -68,7 +69,9 @@ class HttpError(Exception):
     def of_session(cls, error: pb.SessionError) -> Self:
         """What the engine said of one request."""
         code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.INTERNAL)
-        return cls.of_code(code, error.message, error.field, error.retry_after_ns / 1e9 or None)
+        made = cls.of_code(code, error.message, error.field, error.retry_after_ns / 1e9 or None)
+        made.code = _CODE_BY_REASON.get(error.reason, made.code)
+        return made
 
     @classmethod
     def of_code(
@@ -81,8 +84,6 @@ class HttpError(Exception):
         status, kind, code = _BY_CODE.get(grpc_code, (500, _SERVER, None))
         name = field.removeprefix(_SAMPLING)
         param = _PARAMS.get(name, name) or None
-        if param in ("prompt", "messages") and "context" in message:
-            code = "context_length_exceeded"
         return cls(status, message, type=kind, param=param, code=code, retry_after_s=retry_after_s)
 
     @property

@@ -34,6 +34,7 @@ ACCEPTED: dict[str, Callable[[Any], bool]] = {
     "parallel_tool_calls": _anything,
     "tool_choice": _is("none"),
     "spaces_between_special_tokens": _is(True),
+    "truncation_side": _is("left"),
     "modalities": _is(["text"]),
     "response_format": _is({"type": "text"}),
 }
@@ -74,7 +75,7 @@ REFUSED: dict[str, str] = {
     "suffix": "filling in the middle is not available; leave it out",
     "store": "nothing is kept on the server; leave it out",
     "spaces_between_special_tokens": "only true is available",
-    "truncate_prompt_tokens": "prompts are never cut silently; shorten the prompt",
+    "truncation_side": "a prompt that is cut keeps its end; leave it out",
     "thinking_token_budget": "limiting reasoning tokens apart is not available; use max_tokens",
     "include_reasoning": "reasoning is not parsed yet; it is part of the text",
 }

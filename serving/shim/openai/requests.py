@@ -81,6 +81,12 @@ class Sampling(BaseModel):
     allowed_token_ids: Ids | None = None
     bad_words: Texts | None = None
     skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="of the tokenizer; by default true for prompts, false for conversations"
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, description="most tokens of the prompt, the last ones; -1 is what fits"
+    )
     priority: int | None = None
     request_id: str | None = None
     cache_salt: str | None = None
@@ -138,6 +144,7 @@ _SCALARS = (
     "prompt_logprobs",
     "skip_special_tokens",
 )
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
 _LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
 
 
@@ -184,7 +191,7 @@ def completion_requests(
             _extend(request.token_ids.ids, "prompt", prompt)
         _fill(request.sampling_params, body)
         if body.max_tokens is None:
-            request.sampling_params.max_tokens = 16  # OpenAI's default
+            request.sampling_params.max_tokens = DEFAULT_MAX_TOKENS
         if body.logprobs is not None:
             _set(request.sampling_params, "logprobs", body.logprobs)
             if body.echo:
@@ -219,6 +226,10 @@ def _fill_envelope(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling)
     for name in ("model", "request_id", "cache_salt"):
         _set(request, name, getattr(body, name) or "")
     _set(request, "priority", body.priority or 0)
+    for name in ("add_special_tokens", "truncate_prompt_tokens"):
+        value = getattr(body, name)
+        if value is not None:
+            _set(request, name, value)
 
 
 def _fill(params: pb.SamplingParams, body: Sampling) -> None:

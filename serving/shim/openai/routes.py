@@ -12,7 +12,7 @@ from ..engine import AnyRequest, Engine
 from ..http import Receive, Reply, Scope, read_json_object, unless_client_goes
 from .answers import CHAT, COMPLETION, Head, Shape
 from .calls import Call, Wants
-from .echo import echoes_of
+from .echo import Echoes
 from .errors import HttpError
 from .fields import check_rest
 from .requests import (
@@ -52,7 +52,7 @@ class OpenAI:
                 "in several calls",
                 param="prompt",
             )
-        echoes = await echoes_of(body, self._engine, key) if body.echo else []
+        echoes = await Echoes(body, self._engine, key).all() if body.echo else []
         if echoes:
             prompts = [echo.token_ids for echo in echoes]
         requests = completion_requests(body, prompts)
@@ -88,6 +88,12 @@ class OpenAI:
             raise HttpError.bad_request(
                 "stream_options is for streamed answers; leave it out, or set stream: true",
                 param="stream_options",
+                code="invalid_value",
+            )
+        if body.stream and body.prompt_logprobs is not None:
+            raise HttpError.bad_request(
+                "prompt_logprobs come with whole answers alone; leave it out, or set stream: false",
+                param="prompt_logprobs",
                 code="invalid_value",
             )
         return body

@@ -88,6 +88,8 @@ OF_BOTH = {  # GenerateRequest and ChatRequest
     "sampling_params": Values([pb.SamplingParams(n=0)], [], "sampling_params.n"),
     "priority": Values([1, -1, 2**31 - 1, -(2**31)], [0]),
     "cache_salt": Values(TOO_LONG, ["a" * 128, "\0"]),
+    "add_special_tokens": FLAG,
+    "truncate_prompt_tokens": Values([0, -2, -(2**31)], [1, -1, 2**31 - 1]),
 }
 TABLE: dict[str, dict[str, Values]] = {
     "SamplingParams": {

@@ -65,7 +65,10 @@ def test_many_prompts_share_a_request_id(front: Run) -> None:
         {"logit_bias": {str(i): 1.0 for i in range(2000)}},
         {"n": 2**40},
         {"best_of": 3},
-        {"truncate_prompt_tokens": 5},
+        {"truncate_prompt_tokens": 0},
+        {"truncate_prompt_tokens": 2**40},
+        {"truncation_side": "right"},
+        {"stream": True, "prompt_logprobs": 1},
     ],
     ids=lambda fields: next(iter(fields)),
 )

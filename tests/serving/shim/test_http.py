@@ -16,6 +16,13 @@ Run = Callable[..., Any]
 CHAT = "/v1/chat/completions"
 
 
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a whole stream, which ends as it must."""
+    *parts, done, rest = text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
+
+
 def error_of(answer: httpx.Response) -> dict[str, Any]:
     """OpenAI's error object; whatever went wrong, it has one shape."""
     error: dict[str, Any] = answer.json()["error"]
@@ -127,6 +134,52 @@ def test_echo_has_the_prompt_and_its_logprobs(front: Run) -> None:
     front(use)
 
 
+def test_echo_is_of_what_the_model_saw(front: Run) -> None:
+    async def use(front: Front) -> None:
+        tokens = (await front.http.post("/tokenize", json={"prompt": "one two three"})).json()
+        for prompt in ("one two three", tokens["tokens"]):
+            for most in (2, -1, 100):
+                asked = {"echo": True, "logprobs": 1, "max_tokens": 3}
+                cut = await front.complete(prompt=prompt, truncate_prompt_tokens=most, **asked)
+                kept = tokens["tokens"][-most:] if most > 0 else tokens["tokens"]
+                whole = await front.complete(prompt=kept, **asked)
+                assert (
+                    cut.json()["choices"][0]["logprobs"] == whole.json()["choices"][0]["logprobs"]
+                )
+
+    front(use)
+
+
+def test_prompt_that_is_too_long_has_openais_code(front: Run) -> None:
+    async def use(front: Front) -> None:
+        for answer in (
+            await front.complete(prompt="word " * 3000),
+            await front.complete(prompt=[5] * 1024),
+            await front.chat(messages=[{"role": "user", "content": "word " * 3000}]),
+        ):
+            assert answer.status_code == 400
+            assert error_of(answer)["code"] == "context_length_exceeded"
+
+    front(use)
+
+
+def test_every_chunk_tells_the_usage_so_far(front: Run) -> None:
+    async def use(front: Front) -> None:
+        asked = {"include_usage": True, "continuous_usage_stats": True}
+        for call in (front.complete, front.chat):
+            answer = await call(stream=True, stream_options=asked, max_tokens=4, ignore_eos=True)
+            *chunks, last = events_of(answer.text)
+            assert last["choices"] == []
+            total = last["usage"]
+            for chunk in chunks:
+                usage = chunk["usage"]
+                assert usage["prompt_tokens"] == total["prompt_tokens"]
+                assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+            assert [c["usage"]["completion_tokens"] for c in chunks][-1] == 4
+
+    front(use)
+
+
 def test_streamed_completion_equals_the_whole_one(front: Run) -> None:
     async def use(front: Front) -> None:
         for more in ({}, {"n": 2, "temperature": 1, "seed": 5}, {"logprobs": 1}, {"echo": True}):
@@ -158,10 +211,10 @@ def test_client_that_goes_ends_its_request(front: Run, is_streamed: bool) -> Non
         ).encode()
         port = int(front.url.rpartition(":")[2])
         metrics = front.served.gateway.metrics
-        before = metrics.finished_by_reason["abort"]
+        before, tokens = metrics.finished_by_reason["abort"], metrics.num_generation_tokens
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(_head("/v1/completions", len(body)) + body)
-        await until(lambda: metrics.num_open == 1 and metrics.num_generation_tokens)
+        await until(lambda: metrics.num_generation_tokens > tokens)
         writer.transport.abort()
         await until(lambda: metrics.num_open == 0)
         assert metrics.finished_by_reason["abort"] == before + 1
