@@ -114,7 +114,9 @@ class ServeConfig:
     metrics_port: int | None = option(
         None, "port of GET /metrics over HTTP, on the same host; 0 takes a free one", metavar="PORT"
     )
-    log_level: LogLevel = option("info", "what is worth a line in the log")
+    log_level: LogLevel = option(
+        "info", "what is worth a line in the log", fallback="VLLM_LOGGING_LEVEL"
+    )
     log_format: LogFormat = option("text", "lines for people, or one JSON object a line")
     enable_log_requests: bool = option(False, "a line for each request")
     max_log_len: int = option(

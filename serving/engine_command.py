@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.config import EngineConfig
 from .config import ServeConfig, check_bind, read_keys
-from .flags import add_flags, given_options
+from .config_file import Given, add_config_flag
+from .flags import add_flags
 from .http_config import HttpConfig
 from .say import say
 from .vllm_flags import translate_flags
@@ -17,9 +18,10 @@ def add_engine(verbs: Any) -> None:
     """Add `engine` to the subparsers of the command."""
     engine = verbs.add_parser("engine", help="serve a model over gRPC")
     _add_model(engine)
+    add_config_flag(engine)
     add_flags(engine.add_argument_group("server"), ServeConfig)
     add_flags(engine.add_argument_group("engine"), EngineConfig, skip=("model",))
-    engine.set_defaults(run=_run_engine)
+    engine.set_defaults(run=lambda given: _run(Given(given, engine), with_http=False))
     engine.translate = _translated
 
 
@@ -27,14 +29,15 @@ def add_serve(verbs: Any) -> None:
     """Add `serve` to the subparsers of the command."""
     serve = verbs.add_parser("serve", help="serve a model over OpenAI's HTTP interface and gRPC")
     _add_model(serve)
+    add_config_flag(serve)
     add_flags(serve.add_argument_group("HTTP"), HttpConfig)
     add_flags(serve.add_argument_group("server"), ServeConfig)
     add_flags(serve.add_argument_group("engine"), EngineConfig, skip=("model",))
-    serve.set_defaults(run=_run_serve)
+    serve.set_defaults(run=lambda given: _run(Given(given, serve), with_http=True))
     serve.translate = _translated
 
 
-def _translated(arguments: Sequence[str], known: Container[str]) -> Sequence[str]:
+def _translated(arguments: Sequence[str], known: Mapping[str, argparse.Action]) -> Sequence[str]:
     translated = translate_flags(arguments, known)
     for note in translated.notes:
         say(note)
@@ -52,19 +55,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", dest="model", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def _run_engine(arguments: argparse.Namespace) -> int:
-    return _run(arguments, None)
-
-
-def _run_serve(arguments: argparse.Namespace) -> int:
-    http = given_options(arguments, HttpConfig)
-    HttpConfig(**http)
-    return _run(arguments, http)
-
-
-def _run(arguments: argparse.Namespace, http: dict[str, Any] | None) -> int:
-    engine = given_options(arguments, EngineConfig)
-    serve = given_options(arguments, ServeConfig)
+def _run(given: Given, *, with_http: bool) -> int:
+    http = given.of(HttpConfig) if with_http else None
+    HttpConfig(**http or {})
+    engine = given.of(EngineConfig)
+    serve = given.of(ServeConfig)
     EngineConfig(**engine)
     config = ServeConfig(**serve)
     keys = read_keys(config)

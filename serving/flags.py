@@ -3,16 +3,17 @@ written once.
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..engine.errors import ConfigError
 
-Translate = Callable[[Sequence[str], Container[str]], Sequence[str]]
+Translate = Callable[[Sequence[str], Mapping[str, argparse.Action]], Sequence[str]]
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,12 +23,24 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options | {"allow_abbrev": False})
         self.translate: Translate | None = None  # of arguments, before they are read
 
+    @property
+    def flags(self) -> Mapping[str, argparse.Action]:
+        """Every spelling of every flag."""
+        return self._option_string_actions
+
+    @classmethod
+    def speaking_of(cls, other: "Parser", prog: str) -> "Parser":
+        """The same, with another name in what it says."""
+        parser = copy.copy(other)
+        parser.prog = prog
+        return parser
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse what is left here, where the flags of the verb are known; a verb's leftovers would
         be reported by the parser above it.
         """
         if self.translate is not None:
-            args = self.translate(args, self._option_string_actions)
+            args = self.translate(args, self.flags)
         parsed, left = super().parse_known_args(args, namespace)
         if left:
             self.error(f"unrecognized arguments: {' '.join(left)}")
@@ -71,8 +84,8 @@ def add_flags(
         parser.add_argument(
             flag,
             dest=field.name,
-            action=_Collect if _is_list(hint) else "store",
-            type=str if choices else _reader(field, hint),
+            action=Collect if _is_list(hint) else "store",
+            type=str.lower if choices else _reader(field, hint),
             choices=choices,
             metavar=None if choices else field.metadata.get("metavar") or field.name.upper(),
             default=argparse.SUPPRESS,
@@ -95,7 +108,14 @@ def given_options(
         variables = [f"QUIRE_{field.name.upper()}"]
         if fallback := field.metadata.get("fallback"):
             variables.append(fallback)
-        variable = next((name for name in variables if name in environment), None)
+        # An empty variable is how scripts spell none; an empty key would be no key at all.
+        is_secret = field.metadata.get("is_secret")
+        there = [
+            name
+            for name in variables
+            if environment.get(name) or (is_secret and name in environment)
+        ]
+        variable = next(iter(there), None)
         if variable is not None:
             try:
                 options[field.name] = _reader(field, hints[field.name])(environment[variable])
@@ -104,7 +124,7 @@ def given_options(
     return options
 
 
-class _Collect(argparse.Action):
+class Collect(argparse.Action):
     """A list: what the flag gives each time it is there, one after the other."""
 
     def __call__(
@@ -146,8 +166,8 @@ class _Reader:
                 parts = [part.strip() for part in text.split(",") if part.strip()]
                 read = _Reader((get_args(kind)[0],))
                 return tuple(read(part) for part in parts)
-            if get_origin(kind) is Literal and text in get_args(kind):
-                return text
+            if get_origin(kind) is Literal and text.lower() in get_args(kind):
+                return text.lower()
             if kind is bool and text.lower() in ("1", "true", "yes", "0", "false", "no"):
                 return text.lower() in ("1", "true", "yes")
             if kind in (int, float):

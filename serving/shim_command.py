@@ -1,10 +1,10 @@
 """`quire shim`: an HTTP front of its own, for an engine that runs elsewhere."""
 
-import argparse
 from typing import Any
 
 from .config import ServeConfig, check_bind
-from .flags import add_flags, given_options
+from .config_file import Given, add_config_flag
+from .flags import add_flags
 from .http_config import HttpConfig, LinkConfig
 
 # Of ServeConfig, what is a shim's too.
@@ -14,18 +14,19 @@ _SHARED = ("host", "allow_unauthenticated", "drain_timeout", "log_level", "log_f
 def add_shim(verbs: Any) -> None:
     """Add `shim` to the subparsers of the command."""
     shim = verbs.add_parser("shim", help="OpenAI's HTTP interface in front of a quire engine")
+    add_config_flag(shim)
     add_flags(shim.add_argument_group("engine"), LinkConfig)
     add_flags(shim.add_argument_group("HTTP"), HttpConfig, skip=("api_server_count",))
     others = tuple(name for name in ServeConfig.__dataclass_fields__ if name not in _SHARED)
     add_flags(shim.add_argument_group("server"), ServeConfig, skip=others)
-    shim.set_defaults(run=_run)
+    shim.set_defaults(run=lambda given: _run(Given(given, shim)))
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    http = HttpConfig(**given_options(arguments, HttpConfig))
-    link = LinkConfig(**given_options(arguments, LinkConfig))
-    given = given_options(arguments, ServeConfig)
-    serve = ServeConfig(**{name: value for name, value in given.items() if name in _SHARED})
+def _run(given: Given) -> int:
+    http = HttpConfig(**given.of(HttpConfig))
+    link = LinkConfig(**given.of(LinkConfig))
+    shared = {name: value for name, value in given.of(ServeConfig).items() if name in _SHARED}
+    serve = ServeConfig(**shared)
     # With a key of its own, the engine has keys, and this shim wants them of its callers.
     check_bind(serve, () if link.engine_api_key is None else (link.engine_api_key,))
 

@@ -5,13 +5,15 @@ the way out; each is said once. The tables are the whole rule; those of keywords
 too are engine/vllm_options.py's.
 """
 
+import argparse
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..engine.errors import ConfigError
 from ..engine.vllm_options import REFUSED, RENAMED, WITHOUT_EFFECT
+from .flags import Collect
 
 _SHORT = {
     "-tp": "--tensor-parallel-size",
@@ -93,17 +95,23 @@ class Translated:
     notes: list[str] = field(default_factory=list)
 
 
-def translate_flags(arguments: Sequence[str], known: Container[str]) -> Translated:
+def translate_flags(arguments: Sequence[str], known: Mapping[str, argparse.Action]) -> Translated:
     """known: our own flags, which pass. Raises ConfigError; unknown flags pass too, to be answered
     with the nearest known one.
     """
     translated = Translated()
     left = list(arguments)
+    has_model = False
     while left:
         argument = left.pop(0)
         flag, equals, value = argument.partition("=")
         flag = _SHORT.get(flag, flag)
         name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("-"):
+            has_model = True
+        if flag in known and not equals:
+            translated.arguments += _with_values(flag, known[flag], left, has_model)
+            continue
         if not flag.startswith("--") or flag in known:
             translated.arguments.append(flag + equals + value)
             continue
@@ -124,13 +132,30 @@ def translate_flags(arguments: Sequence[str], known: Container[str]) -> Translat
     return translated
 
 
+def _with_values(flag: str, action: argparse.Action, left: list[str], has_model: bool) -> list[str]:
+    """Takes the flag's values off what is left. A list may be several words, as vLLM's are."""
+    if action.nargs == 0:
+        return [flag]
+    words = [left.pop(0)] if left else []
+    if not isinstance(action, Collect) or not words:
+        return [flag, *words]
+    while left and not left[0].startswith("-"):
+        words.append(left.pop(0))
+    if len(words) > 1 and not has_model:
+        raise ConfigError(
+            f"{flag} {' '.join(words)}: the model may be one of them; write the model before the "
+            "flags, or the names with commas"
+        )
+    return [part for word in words for part in (flag, word)]
+
+
 def _answer(flag: str, name: str, value: str | None, notes: list[str]) -> bool:
     """Whether the flag is one of theirs, and nothing is to be done. Raises ConfigError."""
+    if name == "no_enable_chunked_prefill" or (name, value) == ("enable_chunked_prefill", "false"):
+        raise ConfigError(f"{flag}: there are no phases to switch; leave it out")
     if name in WITHOUT_EFFECT:
         notes.append(f"{flag} has no effect: {WITHOUT_EFFECT[name]}")
         return True
-    if name.removeprefix("no_") == "enable_chunked_prefill":
-        raise ConfigError(f"{flag}: there are no phases to switch; leave it out")
     if name in _REFUSED:
         raise ConfigError(f"{flag} is not available: {_REFUSED[name]}")
     if name in REFUSED:

@@ -108,7 +108,7 @@ def test_variables_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch):
     ("variable", "value", "message"),
     [
         ("QUIRE_SIZE", "many", "the variable QUIRE_SIZE: must be a whole number, got 'many'"),
-        ("QUIRE_SIZE", "", "the variable QUIRE_SIZE: must be a whole number, got ''"),
+        ("QUIRE_SIZE", " ", "the variable QUIRE_SIZE: must be a whole number, got ' '"),
         ("QUIRE_SHARE", "x", "the variable QUIRE_SHARE: must be a number, got 'x'"),
         ("QUIRE_LIMIT", "x", "the variable QUIRE_LIMIT: must be a whole number or 'auto', got 'x'"),
         ("QUIRE_KIND", "c", "the variable QUIRE_KIND: must be 'a' or 'b', got 'c'"),
