@@ -1,5 +1,7 @@
 """Every option of the HTTP front, once."""
 
+import json
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +15,18 @@ class HttpConfig:
 
     port: int = option(8000, "port of the HTTP server; 0 takes a free one", metavar="PORT")
     api_server_count: int = option(1, "processes that speak HTTP, on one port", metavar="PROCESSES")
+    uds: str | None = option(
+        None, "Unix socket to listen on instead of host and port", metavar="PATH"
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (),
+        "origins whose web pages may call the server, like https://example.com; * is any",
+        metavar="ORIGIN",
+    )
+    root_path: str = option(
+        "", "path under which a proxy serves this, if it does not take it off", metavar="PATH"
+    )
+    response_role: str = option("assistant", "role of the answers to conversations")
     unknown_fields: Literal["refuse", "warn"] = option(
         "refuse", "fields of a request that nobody knows: an error, or a line in the log"
     )
@@ -20,6 +34,11 @@ class HttpConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_port("port", self.port)
+        self._check_pages()
+        if self.uds is not None and self.api_server_count > 1:
+            raise ConfigError(
+                "one process listens on a Unix socket; leave out uds, or api_server_count"
+            )
         if self.api_server_count < 1:
             raise ConfigError(f"api_server_count must be at least 1, got {self.api_server_count}")
         if self.api_server_count > 1 and self.port == 0:
@@ -27,6 +46,37 @@ class HttpConfig:
                 "several processes share one port, so port must not be 0 with api_server_count "
                 f"{self.api_server_count}; choose a port"
             )
+
+    def _check_pages(self) -> None:
+        given = ",".join(self.allowed_origins)
+        if given.startswith("["):  # vLLM's flag takes a JSON list
+            object.__setattr__(self, "allowed_origins", _from_json(given))
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allowed_origins has {origin!r}, but an origin is a scheme, a host and "
+                    "perhaps a port, like https://example.com:8443, and * is any"
+                )
+        if self.root_path and not _ROOT.fullmatch(self.root_path):
+            raise ConfigError(
+                f"root_path must begin with / and not end with one, got {self.root_path!r}"
+            )
+        if not self.response_role:
+            raise ConfigError("response_role must not be empty; leave it out for assistant")
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+_ROOT = re.compile(r"(/[^/\s]+)+")
+
+
+def _from_json(text: str) -> tuple[str, ...]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+        raise ConfigError(f"allowed_origins must be origins or a JSON list of them, got {text!r}")
+    return tuple(values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,16 +39,16 @@ def _run(given: Given) -> int:
     from .logs import configure_logs
     from .say import say
     from .shim.engine import EngineAddress
-    from .shim.process import ShimOptions, bound_socket, serve_http
+    from .shim.process import ShimOptions, bound_socket, serve_http, serves_only_here
 
     malloc.use_one_arena()
     close_logs = configure_logs(serve.log_level, serve.log_format)
     ca = None if link.engine_ca is None else Path(link.engine_ca)
     options = ShimOptions(
         serve.host,
-        http.port,
+        http,
         EngineAddress(link.engine, link.engine_api_key, ca),
-        refuses_unknown=http.unknown_fields == "refuse",
+        is_local=serves_only_here(serve, http, link.engine_api_key),
         drain_timeout_s=serve.drain_timeout,
     )
     listening = bound_socket(options)

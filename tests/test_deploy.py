@@ -23,7 +23,7 @@ from quire.serving.shim import app
 from quire.serving.shim.engine import Engine, EngineAddress
 from quire.serving.shim.http import MAX_BODY_BYTES
 from quire.serving.supervisor.supervisor import REFUSED
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -88,7 +88,8 @@ def test_deploy_uses_the_default_ports() -> None:
 def test_deploy_asks_for_health_at_routes_that_exist() -> None:
     async def routes() -> set[str]:
         engine = Engine(EngineAddress("unix:/nowhere"))
-        router = app.make_app(engine, has_key=True)
+        router = app.make_app(engine, HttpConfig(), has_key=True)
+        assert isinstance(router, Router)
         await engine.close()
         return {route.path for route in router.routes if isinstance(route, Route)}
 

@@ -17,7 +17,7 @@ from ..keys import front_key
 from ..logs import configure_logs
 from ..supervisor.channel import Message, channel_of
 from .engine import EngineAddress
-from .process import ShimOptions, bound_socket, serve_http, tls_of
+from .process import ShimOptions, bound_socket, serve_http, serves_only_here, tls_of
 
 
 def main() -> int:
@@ -52,11 +52,10 @@ def _options(message: Message, serve: ServeConfig) -> ShimOptions:
     key = front_key(bytes.fromhex(message["secret"])) if serve.api_key else None
     return ShimOptions(
         serve.host,
-        http.port,
+        http,
         EngineAddress(f"unix:{message['front_socket']}", key),
         tls_of(serve),
-        shares_port=http.api_server_count > 1,
-        refuses_unknown=http.unknown_fields == "refuse",
+        is_local=serves_only_here(serve, http, key),
         drain_timeout_s=serve.drain_timeout,
     )
 

@@ -13,14 +13,18 @@ from collections.abc import Awaitable, Callable
 
 import grpc
 from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
 from ...engine.errors import EngineUnavailable, RequestError, SlowReader
 from ...protos.quire.v1 import inference_pb2 as pb
+from ..http_config import HttpConfig
 from ..keys import bearer_key
+from .absent import no_route
 from .engine import Engine
 from .http import ClientGone, Receive, Reply, Scope, Send, header
 from .openai.errors import HttpError
 from .openai.routes import OpenAI
+from .origins import LocalOnly, with_cors
 from .page import Page
 from .server_routes import ServerRoutes
 
@@ -45,23 +49,29 @@ _HEAD = ("HEAD", "GET")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> Router:
+def make_app(
+    engine: Engine, http: HttpConfig, *, has_key: bool, local_host: str | None = None
+) -> ASGIApp:
     """The application in front of an engine, which is followed by whoever runs the application.
 
-    has_key: the engine wants keys, so a call without one is refused here. refuses_unknown: fields
-    that nobody knows are an error, not a line in the log.
+    has_key: the engine wants keys, so a call without one is refused here. local_host: everybody on
+    this machine may call, at this host, but no web page from elsewhere.
     """
-    openai = OpenAI(engine, refuses_unknown=refuses_unknown)
+    openai = OpenAI(
+        engine,
+        refuses_unknown=http.unknown_fields == "refuse",
+        response_role=http.response_role,
+    )
     server = ServerRoutes(engine)
+    page = Page()
     keys = Keys(engine) if has_key else None
 
     def route(method: str, path: str, handler: Handler, *, is_open: bool = False) -> Route:
         return Route(path, endpoint=Guarded(handler, method, keys=keys, is_open=is_open))
 
-    # Without Starlette's middleware, which would stand in the way of every part of a stream.
-    return Router(
+    app: ASGIApp = Router(
         routes=[
-            Route("/", endpoint=Guarded(Page().front, None, is_open=True)),
+            Route("/", endpoint=Guarded(page.front, None, is_open=True)),
             route("POST", "/v1/chat/completions", openai.chat_completions),
             route("POST", "/v1/completions", openai.completions),
             route("GET", "/v1/models", openai.models),
@@ -70,14 +80,29 @@ def make_app(engine: Engine, *, has_key: bool, refuses_unknown: bool = True) -> 
             route("POST", "/detokenize", server.detokenize),
             route("GET", "/version", server.version),
             route("GET", "/metrics", server.metrics),
+            route("GET", "/docs", page.docs, is_open=True),
             route("GET", "/openapi.json", server.openapi, is_open=True),
             route("GET", "/health", server.health, is_open=True),
             route("GET", "/ready", server.health, is_open=True),
             route("GET", "/ping", server.health, is_open=True),
         ],
-        default=Guarded(_no_route, None, is_open=True),
+        default=Guarded(no_route, None, is_open=True),
         redirect_slashes=False,
     )
+    # In the way of every part of a stream, so only where they are asked for.
+    if http.root_path:
+        app = _under(http.root_path, app)
+    app = with_cors(app, http.allowed_origins)
+    return app if local_host is None else LocalOnly(app, local_host, http.allowed_origins)
+
+
+def _under(root_path: str, app: ASGIApp) -> ASGIApp:
+    """Takes a path off that a proxy has left on, or not."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "root_path": root_path}, receive, send)
+
+    return serve
 
 
 class Keys:
@@ -200,8 +225,3 @@ def _request_id(scope: Scope) -> str | None:
             "X-Request-Id must be 1 to 128 printable ASCII characters without spaces"
         )
     return given
-
-
-async def _no_route(scope: Scope, _: Receive, __: Reply, ___: str | None) -> None:
-    path = scope["path"][:200]
-    raise HttpError(404, f"there is no route {path}", type="not_found_error")

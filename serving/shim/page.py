@@ -10,7 +10,7 @@ from importlib import resources
 from .http import Receive, Reply, Scope
 from .openai.errors import HttpError
 
-_FILE = "static/index.html"
+_FRONT, _DOCS = "static/index.html", "static/docs.html"
 _HELLO = b"Ollama is running"
 
 
@@ -18,14 +18,8 @@ class Page:
     """Handlers, each for one route."""
 
     def __init__(self) -> None:
-        self._html = resources.files("quire.serving.shim").joinpath(_FILE).read_bytes()
-        self._headers = {
-            "content-security-policy": _policy(self._html),
-            "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer",
-            "cache-control": "no-cache",
-            "vary": "accept",
-        }
+        self._front = _read(_FRONT)
+        self._docs = _read(_DOCS)
 
     async def front(self, scope: Scope, _: Receive, reply: Reply, __: str | None) -> None:
         """GET, and HEAD: by it Ollama's clients see whether a server is there."""
@@ -36,9 +30,28 @@ class Page:
                 type="invalid_request_error",
             )
         if _wants_html(scope):
-            await reply.raw(self._html, "text/html; charset=utf-8", headers=self._headers)
+            await _html(reply, self._front)
         else:
             await reply.raw(_HELLO, "text/plain; charset=utf-8", headers={"vary": "accept"})
+
+    async def docs(self, _: Scope, __: Receive, reply: Reply, ___: str | None) -> None:
+        """/openapi.json for people."""
+        await _html(reply, self._docs)
+
+
+def _read(file: str) -> bytes:
+    return resources.files("quire.serving.shim").joinpath(file).read_bytes()
+
+
+async def _html(reply: Reply, html: bytes) -> None:
+    headers = {
+        "content-security-policy": _policy(html),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+        "vary": "accept",
+    }
+    await reply.raw(html, "text/html; charset=utf-8", headers=headers)
 
 
 def _wants_html(scope: Scope) -> bool:

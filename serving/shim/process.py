@@ -2,18 +2,21 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 
 from ...engine.errors import ConfigError
 from .. import collector
 from ..config import ServeConfig
+from ..http_config import HttpConfig
 from ..tls import tls_context
 from .app import make_app
 from .engine import Engine, EngineAddress
@@ -36,16 +39,15 @@ class Tls:
 
 @dataclass(frozen=True)
 class ShimOptions:
-    """host and port to listen on. shares_port: with other processes. drain_timeout_s: what open
-    calls get to end.
+    """host to listen on, at the port of http. is_local: without keys, so that only this machine's
+    programs may call. drain_timeout_s: what open calls get to end.
     """
 
     host: str
-    port: int
+    http: HttpConfig
     engine: EngineAddress
     tls: Tls | None = None
-    shares_port: bool = False
-    refuses_unknown: bool = True
+    is_local: bool = False
     drain_timeout_s: float = 30.0
 
 
@@ -58,22 +60,57 @@ def tls_of(config: ServeConfig) -> Tls | None:
     return Tls(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs)
 
 
+def serves_only_here(config: ServeConfig, http: HttpConfig, key: str | None) -> bool:
+    """Whether whoever reaches the address may use it, and only this machine is meant to."""
+    return key is None and http.uds is None and not config.allow_unauthenticated
+
+
 def bound_socket(options: ShimOptions) -> socket.socket:
     """Raises ConfigError when the address cannot be had."""
+    if options.http.uds is not None:
+        return _unix_socket(Path(options.http.uds))
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if options.shares_port:
+    if options.http.api_server_count > 1:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
-        listening.bind((options.host, options.port))
+        listening.bind((options.host, options.http.port))
     except OSError as error:
         listening.close()
         raise ConfigError(
-            f"{options.host}:{options.port} cannot be listened on ({error.strerror}); give another "
-            "--port or --host"
+            f"{options.host}:{options.http.port} cannot be listened on ({error.strerror}); give "
+            "another --port or --host"
         ) from error
     return listening
+
+
+def _unix_socket(path: Path) -> socket.socket:
+    """For this user and his group; in the place of one that nobody listens on."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                if other.connect_ex(str(path)) == errno.ECONNREFUSED:
+                    path.unlink()
+        listening.bind(str(path))
+        path.chmod(0o660)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"the socket {path} cannot be listened on ({error.strerror or error}); give another "
+            "--uds"
+        ) from error
+    return listening
+
+
+def address_of(listening: socket.socket, scheme: str) -> str:
+    """As a client writes it."""
+    name = listening.getsockname()
+    if listening.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    host, port = name[:2]
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class _Server(uvicorn.Server):
@@ -97,8 +134,9 @@ async def serve_http(
     engine = Engine(options.engine)
     app = make_app(
         engine,
+        options.http,
         has_key=options.engine.key is not None,
-        refuses_unknown=options.refuses_unknown,
+        local_host=options.host if options.is_local else None,
     )
     server = _Server(
         uvicorn.Config(
@@ -135,6 +173,8 @@ async def serve_http(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
+        if options.http.uds is not None:
+            Path(options.http.uds).unlink(missing_ok=True)
 
 
 async def _tell_ready(
@@ -148,6 +188,4 @@ async def _tell_ready(
         server.started and engine.is_connected and await engine.is_serving(_READY_TIMEOUT_S)
     ):
         await asyncio.sleep(_POLL_S)
-    host, port = listening.getsockname()[:2]
-    scheme = "http" if options.tls is None else "https"
-    on_ready(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
+    on_ready(address_of(listening, "http" if options.tls is None else "https"))

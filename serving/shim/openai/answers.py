@@ -46,6 +46,7 @@ class Head:
     shape: Shape
     id: str
     model: str
+    role: str = "assistant"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self) -> JsonObject:

@@ -108,7 +108,7 @@ class Call:
             text, logprobs = self._echoed(choice, text, logprobs)
         made: JsonObject = {"index": choice.index}
         if self._head.shape.is_chat:
-            made["message"] = {"role": "assistant", "content": text, "refusal": None}
+            made["message"] = {"role": self._head.role, "content": text, "refusal": None}
         else:
             made["text"] = text
             number = choice.index // self._wants.num_choices
@@ -169,7 +169,7 @@ class Call:
             choice.splicer = Splicer(self._head, choice.index, has_usage=wants.usage)
         self._note(number, choice, delta)
         if self._head.shape.is_chat:
-            return self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
+            return self._chunk(choice, {"delta": {"role": self._head.role, "content": ""}})
         if not wants.echoes:
             return b""
         text, logprobs = self._echoed(choice, "", None)

@@ -30,8 +30,11 @@ MAX_PROMPTS = 1024
 class OpenAI:
     """Handlers, each for one route: scope and ends of the connection, and the caller's key."""
 
-    def __init__(self, engine: Engine, *, refuses_unknown: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, *, refuses_unknown: bool = True, response_role: str = "assistant"
+    ) -> None:
         self._engine = engine
+        self._role = response_role
         self._refuses_unknown = refuses_unknown
 
     async def chat_completions(
@@ -108,7 +111,7 @@ class OpenAI:
         key: str | None,
     ) -> None:
         receive, reply = connection
-        head = Head(shape, reply.request_id, body.model or await self._default(key))
+        head = Head(shape, reply.request_id, body.model or await self._default(key), self._role)
         answers = self._engine.open(key, 1 + wants.num_top if wants.has_logprobs else 0)
         try:
             for request in requests:

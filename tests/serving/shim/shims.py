@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import uvicorn
 import uvloop
+from quire.serving.http_config import HttpConfig
 from quire.serving.shim.app import make_app
 from quire.serving.shim.engine import Engine, EngineAddress
 from quire.serving.shim.process import ShimOptions, bound_socket
@@ -43,13 +44,21 @@ class Front:
 
 @asynccontextmanager
 async def open_front(
-    core: Core, *, key: str | None = None, refuses_unknown: bool = True, **options: Any
+    core: Core,
+    *,
+    key: str | None = None,
+    http: HttpConfig | None = None,
+    is_local: bool = False,
+    **options: Any,
 ) -> AsyncIterator[Front]:
     """options: of open_gateway(). key: of the shim's own stream."""
     async with open_gateway(core, **options) as served:
         engine = Engine(EngineAddress(served.address, key))
-        app = make_app(engine, has_key=key is not None, refuses_unknown=refuses_unknown)
-        listening = bound_socket(ShimOptions("127.0.0.1", 0, EngineAddress("")))
+        http = http or HttpConfig(port=0)
+        app = make_app(
+            engine, http, has_key=key is not None, local_host="127.0.0.1" if is_local else None
+        )
+        listening = bound_socket(ShimOptions("127.0.0.1", http, EngineAddress("")))
         config = uvicorn.Config(
             app,
             loop="none",
@@ -68,8 +77,8 @@ async def open_front(
         try:
             await until(lambda: server.started and engine.is_connected)
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            async with httpx.AsyncClient(base_url=url, timeout=WAIT_S, trust_env=False) as http:
-                yield Front(url, http, engine, served)
+            async with httpx.AsyncClient(base_url=url, timeout=WAIT_S, trust_env=False) as client:
+                yield Front(url, client, engine, served)
         finally:
             server.should_exit = True
             await tasks[1]
