@@ -1,25 +1,18 @@
-"""The page at /: what is sent to whom, what the file may not have, and the page in a browser.
-
-The browser is a Chromium on the PATH, else the one of an npm package. It is driven over its
-debugging pipe (JSON with a zero byte after each message), so no package of ours is needed.
+"""The pages at / and /docs: what is sent to whom, what the files may not have, and the pages in a
+browser.
 """
 
 import asyncio
 import base64
-import fcntl
 import hashlib
 import json
 import os
 import re
-import select
 import shlex
-import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from importlib import resources
@@ -31,13 +24,18 @@ import pytest
 from quire.serving.shim.app import Guarded
 from quire.serving.shim.page import Page
 
-HTML = resources.files("quire.serving.shim").joinpath("static/index.html").read_text("utf-8")
+from .browser import WAIT_S, Tab
+
+STATIC = resources.files("quire.serving.shim").joinpath("static")
+HTML, DOCS = (STATIC.joinpath(name).read_text("utf-8") for name in ("index.html", "docs.html"))
+BOTH = pytest.mark.parametrize("html", [HTML, DOCS], ids=["front", "docs"])
 CHROME = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
-WAIT_S = 60.0
 
 
-def asked(method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of what `/` answers."""
+def asked(
+    method: str = "GET", handler: Any = None, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of what `/` answers, or another handler of the page."""
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -48,7 +46,7 @@ def asked(method: str = "GET", **headers: str) -> tuple[int, dict[str, str], byt
 
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": "/", "headers": encoded}
-    asyncio.run(Guarded(Page().front, None, is_open=True)(scope, receive, send))
+    asyncio.run(Guarded(handler or Page().front, None, is_open=True)(scope, receive, send))
     start, body = sent
     return start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, body["body"]
 
@@ -56,10 +54,10 @@ def asked(method: str = "GET", **headers: str) -> tuple[int, dict[str, str], byt
 class Tags(HTMLParser):
     """Every tag of the page with its attributes."""
 
-    def __init__(self) -> None:
+    def __init__(self, html: str) -> None:
         super().__init__()
         self.all: list[tuple[str, dict[str, str]]] = []
-        self.feed(HTML)
+        self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.all.append((tag, dict(attrs)))
@@ -84,15 +82,18 @@ def test_front_is_the_page_for_browsers() -> None:
     assert headers["vary"] == "accept"
 
 
-def test_front_allows_its_own_script_and_style_and_nothing_else() -> None:
+@BOTH
+def test_page_allows_its_own_script_and_style_and_nothing_else(html: str) -> None:
     def digest(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    names = [tag for tag, _ in Tags().all]
+    names = [tag for tag, _ in Tags(html).all]
     assert (names.count("script"), names.count("style")) == (1, 1)
-    script = HTML.partition("<script>")[2].partition("</script>")[0]
-    style = HTML.partition("<style>")[2].partition("</style>")[0]
-    _, headers, _ = asked(Accept=CHROME)
+    script = html.partition("<script>")[2].partition("</script>")[0]
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    handler = Page().front if html == HTML else Page().docs
+    _, headers, body = asked(handler=handler, Accept=CHROME)
+    assert body == html.encode()
     policy = headers["content-security-policy"].split("; ")
     assert sorted(policy) == [
         "base-uri 'none'",
@@ -114,12 +115,13 @@ def test_front_answers_head_and_refuses_what_writes() -> None:
     assert json.loads(body)["error"]["message"] == "/ takes GET, not POST"
 
 
-def test_page_needs_nothing_from_elsewhere() -> None:
-    assert not re.search(r"(?i:https?:|wss?:|@import|\bsrc(set)?=)|\burl\(", HTML)
-    links = [attributes["href"] for _, attributes in Tags().all if "href" in attributes]
-    assert [link[:22] for link in links] == ["data:image/png;base64,"]
-    assert len(HTML.encode()) < 20_000
-    assert "\r" not in HTML  # browsers read a line end as one character, and hash that
+@BOTH
+def test_page_needs_nothing_from_elsewhere(html: str) -> None:
+    assert not re.search(r"(?i:https?:|wss?:|@import|\bsrc(set)?=)|\burl\(", html)
+    links = [attributes["href"] for _, attributes in Tags(html).all if "href" in attributes]
+    assert {link[:22] for link in links} <= {"data:image/png;base64,", "openapi.json", "./"}
+    assert len(html.encode()) < 20_000
+    assert "\r" not in html  # browsers read a line end as one character, and hash that
 
 
 @pytest.mark.parametrize(
@@ -127,17 +129,19 @@ def test_page_needs_nothing_from_elsewhere() -> None:
     ["innerHTML", "outerHTML", "insertAdjacentHTML", "setHTML", "document.write", "DOMParser",
      "createContextualFragment", "eval(", "Function(", "srcdoc", "javascript:", "localStorage"],
 )  # fmt: skip
-def test_page_has_no_way_from_text_to_html_or_code(way: str) -> None:
-    assert way.lower() not in HTML.lower()
+@BOTH
+def test_page_has_no_way_from_text_to_html_or_code(html: str, way: str) -> None:
+    assert way.lower() not in html.lower()
 
 
-def test_page_has_no_attribute_that_the_policy_forbids() -> None:
-    names = {name for _, attributes in Tags().all for name in attributes}
+@BOTH
+def test_page_has_no_attribute_that_the_policy_forbids(html: str) -> None:
+    names = {name for _, attributes in Tags(html).all for name in attributes}
     assert not {name for name in names if name.startswith("on") or name == "style"}
 
 
 def test_page_names_each_control_and_finds_each_id() -> None:
-    tags = Tags().all
+    tags = Tags(HTML).all
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'\$\("(\w+)"\)', HTML)) <= set(ids)
@@ -149,152 +153,7 @@ def test_page_names_each_control_and_finds_each_id() -> None:
 
 # In a browser
 
-NPM_PACKAGE = "@sparticuz/chromium@153.0.0"
-NPM_SHA256 = "20e5656fcdcf4118ede85edfb9d6bb9cc1bbb7ffb8b75622fffbcf36a835c3c0"
-ON_PATH = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
-UNBROTLI = "process.stdin.pipe(zlib.createBrotliDecompress()).pipe(process.stdout)"
 KEY = "sesame"
-
-
-def chromium() -> tuple[str, dict[str, str]]:
-    """A browser's program, and the environment that it needs."""
-    for name in ON_PATH:
-        if found := shutil.which(name):
-            return found, dict(os.environ)
-    home = Path(tempfile.gettempdir()) / f"quire-tests-{os.geteuid()}" / f"browser-{NPM_SHA256[:8]}"
-    if not home.is_dir():
-        made = home.with_name(f"{home.name}-{os.getpid()}")
-        unpack_from_npm(made)
-        made.rename(home)
-    libraries = f"{home / 'lib'}:{os.environ.get('LD_LIBRARY_PATH', '')}".strip(":")
-    return str(home / "chromium"), os.environ | {"LD_LIBRARY_PATH": libraries}
-
-
-def unpack_from_npm(folder: Path) -> None:
-    if not (shutil.which("npm") and shutil.which("node")):
-        pytest.fail("there is no browser: install Chromium, or node and npm, which bring one")
-    folder.mkdir(parents=True)
-    command = ["npm", "pack", "--silent", NPM_PACKAGE]
-    packed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if packed.returncode != 0:
-        pytest.fail(f"there is no Chromium here, and npm brings none:\n{packed.stderr}")
-    tarball = folder / packed.stdout.split()[-1]
-    assert hashlib.sha256(tarball.read_bytes()).hexdigest() == NPM_SHA256
-    with tarfile.open(tarball) as package:
-        package.extractall(folder, filter="data")
-    tarball.unlink()
-    for name in ("chromium", "al2023.tar"):  # the program, and libraries that a bare system lacks
-        packed_file = folder / "package" / "bin" / f"{name}.br"
-        with packed_file.open("rb") as source, (folder / name).open("wb") as target:
-            subprocess.run(["node", "-e", UNBROTLI], stdin=source, stdout=target, check=True)
-    (folder / "chromium").chmod(0o755)
-    with tarfile.open(folder / "al2023.tar") as libraries:
-        libraries.extractall(folder, filter="data")
-    shutil.rmtree(folder / "package")
-
-
-class Tab:
-    """One page of a browser of its own; leaving the `with` ends the browser."""
-
-    def __init__(self, profile: Path) -> None:
-        program, environment = chromium()
-        read, their_write = os.pipe()
-        their_read, write = os.pipe()
-        # Chromium reads from 3 and writes to 4; numbers above these are not in the way.
-        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (their_read, their_write)]
-        self._process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}', "bash", program, "--headless",
-             "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-             f"--user-data-dir={profile}", "--window-size=1000,760", "--remote-debugging-pipe"],
-            env=environment, pass_fds=ends, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        for fd in (their_read, their_write, *ends):
-            os.close(fd)
-        self._read, self._write = read, write
-        self._rest = b""
-        self._num_sent = 0
-        self._session: str | None = None
-        self.complaints: list[str] = []
-
-    def __enter__(self) -> "Tab":
-        target = self.do("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.do("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.do(f"{domain}.enable")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._write)  # without its pipe it ends
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._read)
-
-    def do(self, method: str, **params: Any) -> Any:
-        """One command of the DevTools protocol, and its result."""
-        self._num_sent += 1
-        command = {"id": self._num_sent, "method": method, "params": params}
-        if self._session is not None:
-            command["sessionId"] = self._session
-        os.write(self._write, json.dumps(command).encode() + b"\0")
-        while True:
-            message = self._next()
-            if message.get("id") == self._num_sent:
-                assert "error" not in message, message
-                return message["result"]
-            self._note(message)
-
-    def value(self, expression: str) -> Any:
-        """Of JavaScript; a promise is waited for."""
-        done = self.do(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
-        assert "exceptionDetails" not in done, done
-        return done["result"].get("value")
-
-    def text(self, selector: str) -> str:
-        """What can be seen of the last such element; nothing, if there is none."""
-        last = f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)"
-        return str(self.value(f"{last}?.checkVisibility() ? {last}.innerText : ''"))
-
-    def until(self, is_so: Callable[[], object]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not is_so():
-            assert time.monotonic() < deadline, self.value("document.body.innerText")
-            time.sleep(0.02)
-
-    def type(self, text: str, *, into: str) -> None:
-        self.value(f"document.querySelector({json.dumps(into)}).focus()")
-        self.do("Input.insertText", text=text)
-
-    def press(self, key: str, code: int, *, shift: bool = False) -> None:
-        common = {"key": key, "code": key, "windowsVirtualKeyCode": code}
-        text = {"text": "\r"} if key == "Enter" else {}
-        self.do("Input.dispatchKeyEvent", type="keyDown", modifiers=8 * shift, **common, **text)
-        self.do("Input.dispatchKeyEvent", type="keyUp", modifiers=8 * shift, **common)
-
-    def enter(self, *, shift: bool = False) -> None:
-        self.press("Enter", 13, shift=shift)
-
-    def _next(self) -> Any:
-        while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._read], [], [], WAIT_S)
-            piece = os.read(self._read, 1 << 16) if ready else b""
-            assert piece, "the browser ended, or does not answer"
-            self._rest += piece
-        line, _, self._rest = self._rest.partition(b"\0")
-        return json.loads(line)
-
-    def _note(self, message: Any) -> None:
-        """What went wrong in the page; a refused request is no fault of it."""
-        if message["method"] == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(message["params"]))
-        entry = message.get("params", {}).get("entry", {})
-        if entry.get("level") == "error" and entry["source"] != "network":
-            self.complaints.append(entry["text"])
 
 
 @contextmanager
@@ -381,6 +240,14 @@ def test_page_in_a_browser_asks_streams_stops_and_says_what_went_wrong(tmp_path:
         assert tab.value("isLeft") is True
         tab.value("fetch = plainFetch; document.querySelector('#fresh').click()")
         assert tab.value("document.querySelectorAll('article').length") == 0
+        assert not tab.complaints
+
+        # What the routes take, for people.
+        tab.do("Page.navigate", url=f"{address}/docs")
+        tab.until(lambda: "/v1/chat/completions" in tab.text("main"))
+        tab.value("document.querySelector('details').open = true")
+        tab.until(lambda: "messages" in tab.text("details[open]"))
+        assert "429" in tab.text("details[open]")
         assert not tab.complaints
 
 
