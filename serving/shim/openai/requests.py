@@ -59,39 +59,70 @@ class Sampling(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = Field(None, description="a served name; any if not given")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream: bool | None = Field(None, description="server-sent events as the answer is made")
+    stream_options: StreamOptions | None = Field(None, description="of a streamed answer")
     max_tokens: int | None = Field(None, description="most tokens of the answer")
     temperature: float | None = Field(None, description="0 (greedy) to 2")
-    top_p: float | None = None
+    top_p: float | None = Field(
+        None, description="over 0, to 1; the likeliest tokens that sum up to it"
+    )
     top_k: int | None = Field(None, description="0 and -1 are off")
-    min_p: float | None = None
-    n: int | None = None
-    stop: str | Texts | None = None
-    stop_token_ids: Ids | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
-    prompt_logprobs: int | None = None
-    seed: int | None = Field(None, ge=-_I64, le=_I64 - 1)
-    allowed_token_ids: Ids | None = None
-    bad_words: Texts | None = None
-    skip_special_tokens: bool | None = None
+    min_p: float | None = Field(
+        None, description="0 to 1; least probability, as a share of the likeliest token's"
+    )
+    n: int | None = Field(None, description="answers to make, 1 to 64")
+    stop: str | Texts | None = Field(
+        None, description="at most 4 texts that end the answer, and are not part of it"
+    )
+    stop_token_ids: Ids | None = Field(None, description="token ids that end the answer")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="keep the text that ended the answer"
+    )
+    ignore_eos: bool | None = Field(None, description="go on after the end-of-sequence token")
+    min_tokens: int | None = Field(None, description="least tokens of the answer")
+    presence_penalty: float | None = Field(
+        None, description="-2 to 2, of tokens that are in the answer already"
+    )
+    frequency_penalty: float | None = Field(None, description="-2 to 2, of each time that they are")
+    repetition_penalty: float | None = Field(
+        None, description="over 0, to 2; 1 is off; of tokens of prompt and answer"
+    )
+    logit_bias: dict[str, float] | None = Field(
+        None, max_length=1024, description="token id -> -100 to 100, added to its logit"
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        description="how many of the likeliest tokens to tell at each of the prompt's positions",
+    )
+    seed: int | None = Field(
+        None, ge=-_I64, le=_I64 - 1, description="the same answer every time; drawn if not given"
+    )
+    allowed_token_ids: Ids | None = Field(None, description="only these may be sampled")
+    bad_words: Texts | None = Field(None, description="texts that must not be completed")
+    skip_special_tokens: bool | None = Field(
+        None, description="leave special tokens out of the text; true by default"
+    )
     add_special_tokens: bool | None = Field(
         None, description="of the tokenizer; by default true for prompts, false for conversations"
     )
     truncate_prompt_tokens: int | None = Field(
         None, description="most tokens of the prompt, the last ones; -1 is what fits"
     )
-    priority: int | None = None
-    request_id: str | None = None
-    cache_salt: str | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
+    priority: int | None = Field(
+        None, description="lower goes first, with --scheduling-policy priority"
+    )
+    request_id: str | None = Field(
+        None, description="at most 128 bytes; that of an open request is refused"
+    )
+    cache_salt: str | None = Field(
+        None, description="cached prefixes are shared by requests of the same salt and key alone"
+    )
+    return_token_ids: bool | None = Field(
+        None, description="the answer's token ids beside its text"
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="tokens of logprobs as token_id:N"
+    )
 
 
 class Message(BaseModel):
@@ -109,22 +140,36 @@ class Message(BaseModel):
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], _FirstError()] = Field(min_length=1, max_length=4096)
+    messages: Annotated[list[Message], _FirstError()] = Field(
+        min_length=1, max_length=4096, description="the conversation so far"
+    )
     max_completion_tokens: int | None = Field(None, description="wins over max_tokens")
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: JsonObject | None = None
+    logprobs: bool | None = Field(None, description="of the answer's tokens")
+    top_logprobs: int | None = Field(
+        None, description="how many of the likeliest tokens to tell, with logprobs"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="whether the template opens the assistant's turn; true by default"
+    )
+    continue_final_message: bool | None = Field(
+        None, description="go on with the last message, which is the assistant's"
+    )
+    chat_template_kwargs: JsonObject | None = Field(
+        None, description="further variables of the chat template"
+    )
 
 
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
     # Checked in prompts_of(): pydantic would make an error of each item of a list of millions.
-    prompt: Any = Field(json_schema_extra=_PROMPT_SCHEMA)
-    logprobs: int | None = None
-    echo: bool | None = None
+    prompt: Any = Field(
+        json_schema_extra=_PROMPT_SCHEMA, description="a text, token ids, or a list of either"
+    )
+    logprobs: int | None = Field(
+        None, description="how many of the likeliest tokens to tell at each position"
+    )
+    echo: bool | None = Field(None, description="the prompt before the answer")
 
 
 # Fields whose names and meanings are those of quire.v1.SamplingParams.
