@@ -9,14 +9,13 @@ python -m quire.bench.serve [--starts]
 
 import asyncio
 import os
-import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +36,7 @@ OPTIONS = {
 }
 NUM_STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, RUNS = 32, 128, 128, 3
 LEAST_SHARE, COLD_TARGET_S, WARM_TARGET_S, WARM_RUNS = 0.9, 30, 8, 3
-_READY = re.compile(r"serving on (\S+)")
+_READY = "serving on "
 
 
 def prompts(run: int) -> list[list[int]]:
@@ -46,12 +45,12 @@ def prompts(run: int) -> list[list[int]]:
 
 
 @contextmanager
-def engine(*flags: str, cache: str | None = None) -> Iterator[tuple[str, float]]:
-    """A `quire engine` that serves: its address, and the seconds it took."""
+def server(verb: str, *flags: str, cache: str | None = None) -> Iterator[tuple[list[str], float]]:
+    """A `quire engine` or `quire serve` that serves: its addresses, and the seconds it took."""
     environment = os.environ | ({"QUIRE_CACHE_DIR": cache} if cache else {})
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "quire.serving.cli", "engine", "--grpc-port", "0", *flags],
+        [sys.executable, "-m", "quire.serving.cli", verb, "--grpc-port", "0", *flags],
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
@@ -61,13 +60,40 @@ def engine(*flags: str, cache: str | None = None) -> Iterator[tuple[str, float]]
         said = []
         for text in process.stderr:
             said.append(text)
-            if found := _READY.search(text):
-                yield found[1], time.perf_counter() - started
+            if _READY in text:
+                _, _, addresses = text.strip().partition(_READY)
+                named = [one.split()[0] for one in addresses.split(" and ")]
+                yield named, time.perf_counter() - started
                 return
-        raise SystemExit(f"the engine did not start: {''.join(said)}")
+        raise SystemExit(f"the server did not start: {''.join(said)}")
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate()
+
+
+@contextmanager
+def offline_beside() -> Iterator[Callable[[int], float]]:
+    """LLM.generate in a process of its own: tokens a second of a run."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "quire.bench.serve", "--offline"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    stdin, stdout = child.stdin, child.stdout
+    with child:
+        stdout.readline()
+
+        def rate(run: int) -> float:
+            stdin.write(f"{run}\n")
+            stdin.flush()
+            return float(stdout.readline())
+
+        yield rate
+        stdin.close()
 
 
 def offline() -> None:
@@ -106,35 +132,28 @@ async def served(address: str, run: int) -> float:
     return num_tokens / seconds
 
 
-def compare() -> None:
+def flags_of_shape() -> list[str]:
+    """As OPTIONS has them."""
     flags = [str(SHAPE), "--no-enable-prefix-caching"]
     for name in ("tokenizer", "load_format", "max_model_len"):
         flags += [f"--{name.replace('_', '-')}", str(OPTIONS[name])]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "quire.bench.serve", "--offline"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
-    with child, engine(*flags) as (address, _):
-        child.stdout.readline()
-        figures: tuple[list[float], list[float]] = ([], [])
+    return flags
+
+
+def compare(name: str, least_share: float, run_served: Callable[[int], float]) -> None:
+    """Of the same work in turn, the server's share of what LLM.generate does."""
+    figures: tuple[list[float], list[float]] = ([], [])
+    with offline_beside() as run_offline:
         for run in range(RUNS + 1):  # the first of each warms up
-            child.stdin.write(f"{run}\n")
-            child.stdin.flush()
-            figures[0].append(float(child.stdout.readline()))
-            figures[1].append(asyncio.run(served(address, run)))
-        child.stdin.close()
+            figures[0].append(run_offline(run))
+            figures[1].append(run_served(run))
     offline_rate, served_rate = (statistics.median(some[1:]) for some in figures)
     emit(
         line(
-            "serve_share_of_offline_32x128_128_135m",
+            name,
             served_rate / offline_rate,
             "of LLM.generate's tokens/s",
-            LEAST_SHARE,
+            least_share,
             is_least=True,
             served_tokens_per_s=round(served_rate, 1),
             offline_tokens_per_s=round(offline_rate, 1),
@@ -143,14 +162,23 @@ def compare() -> None:
     )
 
 
+def compare_grpc() -> None:
+    with server("engine", *flags_of_shape()) as ((address,), _):
+        compare(
+            "serve_share_of_offline_32x128_128_135m",
+            LEAST_SHARE,
+            lambda run: asyncio.run(served(address, run)),
+        )
+
+
 def starts() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.chmod(cache, 0o700)
-        with engine(cache=cache) as (_, cold_s):
+        with server("engine", cache=cache) as (_, cold_s):
             pass
         warm = []
         for _ in range(WARM_RUNS):
-            with engine(cache=cache) as (_, seconds):
+            with server("engine", cache=cache) as (_, seconds):
                 warm.append(seconds)
     emit(line("serve_ready_cold", cold_s, "s", COLD_TARGET_S))
     emit(line("serve_ready_warm", statistics.median(warm), "s", WARM_TARGET_S, runs=WARM_RUNS))
@@ -162,7 +190,7 @@ def main() -> None:
         return
     starts()
     if "--starts" not in sys.argv:
-        compare()
+        compare_grpc()
 
 
 if __name__ == "__main__":
