@@ -5,12 +5,15 @@ import dataclasses
 from ..engine.config import EngineConfig
 from .config import ServeConfig
 from .http_config import HttpConfig, LinkConfig
+from .vllm_flags import flags_of_vllm
 
 _HEAD = """# Options
 
-An option is a flag (`--max-model-len`) and an environment variable (`QUIRE_MAX_MODEL_LEN`). Flags
-win over variables. This page is generated from `engine/config.py`, `serving/config.py`
-and `serving/http_config.py`.
+An option is a flag (`--max-model-len`), an environment variable (`QUIRE_MAX_MODEL_LEN`) and, of the
+servers, a key of the YAML file that `--config` names (`max-model-len: 4096`). Flags win over
+variables, and these over the file. A flag of several values may be repeated, or have them with
+commas; behind the model also as several words. This page is generated from `engine/config.py`,
+`serving/config.py`, `serving/http_config.py` and `serving/vllm_flags.py`.
 """
 
 _ENGINE = """
@@ -37,6 +40,16 @@ _LINK = """
 Of `quire shim`.
 """
 
+_THEIRS = """
+## vLLM's flags
+
+Of `quire engine` and `quire serve`, those that are not options of ours. What has no effect is said
+once at the start; what is refused ends the start with the reason.
+
+| flag | |
+|---|---|
+"""
+
 _TABLE = """
 | option | default | meaning |
 |---|---|---|
@@ -52,6 +65,7 @@ def page() -> str:
             *(_SERVER, _table(ServeConfig)),
             *(_HTTP, _table(HttpConfig)),
             *(_LINK, _table(LinkConfig)),
+            *(_THEIRS, _theirs()),
         )
     )
 
@@ -62,6 +76,11 @@ def _table(config: type) -> str:
         for field in dataclasses.fields(config)
     ]
     return _TABLE + "".join(rows)
+
+
+def _theirs() -> str:
+    rows = [f"| `{flag}` | {what} |\n" for flag, what in sorted(flags_of_vllm().items())]
+    return "".join(rows)
 
 
 def _shown(default: object) -> str:

@@ -47,6 +47,8 @@ _SWITCHES = frozenset(
     }
 )
 
+_PLANNED = "shapes are planned; see --token-buckets"
+_AHEAD = "the step loop is already one step ahead"
 _ONE_BACKEND = "there is one backend, and it is not there yet"
 _NO_TOOLS = "tool calls are not parsed yet"
 
@@ -54,9 +56,13 @@ _NO_TOOLS = "tool calls are not parsed yet"
 _REFUSED = {
     "api_server_middleware": "put a reverse proxy in front of the server",
     "middleware": "put a reverse proxy in front of the server",
-    "compilation_level": "shapes are planned; see --token-buckets",
-    "O": "shapes are planned; see --token-buckets",
-    "multi_step_stream_outputs": "the step loop is already one step ahead",
+    "compilation_config": _PLANNED,
+    "compilation_level": _PLANNED,
+    "cudagraph_capture_sizes": _PLANNED,
+    "max_seq_len_to_capture": _PLANNED,
+    "O": _PLANNED,
+    "multi_step_stream_outputs": _AHEAD,
+    "disable_custom_all_reduce": "XLA chooses the collectives",
     "ray_workers_use_nsight": "many hosts are not supported yet",
     "enable_auto_tool_choice": _NO_TOOLS,
     "tool_call_parser": _NO_TOOLS,
@@ -76,10 +82,22 @@ _REFUSED = {
     "speculative_disable_by_batch_size": "speculative decoding is not implemented yet",
     "speculative_draft_tensor_parallel_size": "speculative decoding is not implemented yet",
     "kv_offloading_size": "pages are not moved to the host; preempted requests are recomputed",
-    "stream_interval": "every token is sent when it is there",
-    "config_format": "both styles of config.json are read; leave it out",
     "decode_steps": "steps of several tokens are not implemented yet",
     "cpu_threads": "set XLA_FLAGS, or limit the processors with taskset",
+}
+
+# Of servers only. name -> (the values at which it asks for nothing, what to do instead)
+_REFUSED_UNLESS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "stream_interval": ((1,), "every token is sent when it is there"),
+    "config_format": (("auto", "hf"), "config.json is read, whose style is seen"),
+    "num_scheduler_steps": ((1,), _AHEAD),
+    "swap_space": ((0,), "pages are not moved to the host; preempted requests are recomputed"),
+}
+_CONDITIONAL = REFUSED | _REFUSED_UNLESS
+# A flag of ours and a value of theirs -> why it is gone
+_GONE_VALUES = {
+    ("--load-format", value): "pickle files are not read; convert the checkpoint to safetensors"
+    for value in ("pt", "npcache")
 }
 
 
@@ -105,6 +123,8 @@ def translate_flags(arguments: Sequence[str], known: Mapping[str, argparse.Actio
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("-"):
             has_model = True
+        if why := _GONE_VALUES.get((flag, value if equals else next(iter(left), ""))):
+            raise ConfigError(f"{flag} {value or left[0]} is not available: {why}")
         if flag in known and not equals:
             translated.arguments += _with_values(flag, known[flag], left, has_model)
             continue
@@ -128,6 +148,30 @@ def translate_flags(arguments: Sequence[str], known: Mapping[str, argparse.Actio
     return translated
 
 
+def flags_of_vllm() -> dict[str, str]:
+    """Every flag that is not ours -> what becomes of it."""
+
+    def spelt(name: str) -> str:
+        return f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+
+    return {
+        **{spelt(theirs): f"is `{spelt(ours)}`" for theirs, ours in (RENAMED | _ALIASES).items()},
+        **{short: f"is `{long}`" for short, long in _SHORT.items()},
+        **{spelt(name): f"no effect: {why}" for name, why in WITHOUT_EFFECT.items()},
+        **{spelt(name): f"refused: {why}" for name, why in _REFUSED.items()},
+        **{
+            spelt(name): f"refused unless {' or '.join(map(_spelt, harmless))}: {way_out}"
+            for name, (harmless, way_out) in _CONDITIONAL.items()
+        },
+    }
+
+
+def _spelt(value: Any) -> str:
+    if value is None:
+        return "left out"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+
+
 def _with_values(flag: str, action: argparse.Action, left: list[str], has_model: bool) -> list[str]:
     """Takes the flag's values off what is left. A list may be several words, as vLLM's are."""
     if action.nargs == 0:
@@ -149,15 +193,15 @@ def _answer(flag: str, name: str, value: str | None, notes: list[str]) -> bool:
     """Whether the flag is one of theirs, and nothing is to be done. Raises ConfigError."""
     if name == "no_enable_chunked_prefill" or (name, value) == ("enable_chunked_prefill", "false"):
         raise ConfigError(f"{flag}: there are no phases to switch; leave it out")
-    if name in WITHOUT_EFFECT:
-        notes.append(f"{flag} has no effect: {WITHOUT_EFFECT[name]}")
-        return True
     if name in _REFUSED:
         raise ConfigError(f"{flag} is not available: {_REFUSED[name]}")
-    if name in REFUSED:
-        harmless, way_out = REFUSED[name]
+    if name in _CONDITIONAL:
+        harmless, way_out = _CONDITIONAL[name]
         if _read(value) not in harmless:
             raise ConfigError(f"{flag} is not available: {way_out}")
+        return True
+    if name in WITHOUT_EFFECT:
+        notes.append(f"{flag} has no effect: {WITHOUT_EFFECT[name]}")
         return True
     return False
 
