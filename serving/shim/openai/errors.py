@@ -24,7 +24,8 @@ _BY_CODE: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
     grpc.StatusCode.UNAVAILABLE: (503, _SERVER, "service_unavailable"),
 }
 _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
-_CODE_BY_REASON = {"CONTEXT_LENGTH_EXCEEDED": "context_length_exceeded"}
+_TOO_LONG = "CONTEXT_LENGTH_EXCEEDED"
+_CODE_BY_REASON = {_TOO_LONG: "context_length_exceeded"}
 _SAMPLING = "sampling_params."
 # Names of the .proto -> OpenAI's.
 _PARAMS = {
@@ -69,7 +70,11 @@ class HttpError(Exception):
     def of_session(cls, error: pb.SessionError) -> Self:
         """What the engine said of one request."""
         code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.INTERNAL)
-        made = cls.of_code(code, error.message, error.field, error.retry_after_ns / 1e9 or None)
+        message = error.message
+        if error.reason == _TOO_LONG:
+            # Clients that look at no code look for these words (LangChain's ContextOverflowError).
+            message = f"prompt is too long: {message}"
+        made = cls.of_code(code, message, error.field, error.retry_after_ns / 1e9 or None)
         made.code = _CODE_BY_REASON.get(error.reason, made.code)
         return made
 
