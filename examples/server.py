@@ -1,4 +1,4 @@
-"""A server of the embedded model for example clients to run against, and the running of a client."""
+"""A server of the embedded model, and a client that is run in front of it."""
 
 import os
 import re

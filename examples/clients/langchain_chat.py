@@ -57,8 +57,10 @@ assert "".join(one["token"] for one in tokens[:-1]) == answer.content  # the las
 assert all(len(one["top_logprobs"]) == 5 for one in tokens)
 
 # By this class LangChain's middleware knows that a conversation is to be shortened.
+is_refused = False
 try:
     llm.invoke("a " * 5000)
-    raise AssertionError("it was to be refused")
 except ContextOverflowError as error:
+    is_refused = True
     print("refused:", error)
+assert is_refused

@@ -53,16 +53,17 @@ assert.ok(chunks.slice(0, -1).every((chunk) => chunk.usage === null));
 assert.equal(usage.prompt_tokens, answer.usage.prompt_tokens);
 assert.equal(usage.completion_tokens, answer.usage.completion_tokens);
 
-// A stream that is left ends on the server too; this one was to have 1500 tokens.
+// A stream that is left ends on the server too; these two were to have 1500 tokens.
 const long = { ...question, stream: true, max_tokens: 1500, ignore_eos: true };
-const { data: stream, request_id } = await client.chat.completions
+const { data: aborted, request_id } = await client.chat.completions
   .create(long, { headers: { "X-Request-Id": "left-early" } })
   .withResponse();
 let numChunks = 0;
-for await (const _ of stream) if (++numChunks === 5) stream.controller.abort();
-console.log(`request ${request_id}: left after 5 chunks, ${numChunks} seen`);
+for await (const _ of aborted) if (++numChunks === 5) aborted.controller.abort();
+console.log(`request ${request_id}: aborted after 5 chunks, ${numChunks} seen`);
 assert.equal(request_id, "left-early");
 assert.ok(numChunks < 1000);
+for await (const _ of await client.chat.completions.create(long)) break;
 
 // Errors have classes and name the field.
 async function refusal(kind, asked, its = client) {

@@ -23,6 +23,7 @@ _BY_CODE: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: (504, _SERVER, "timeout"),
     grpc.StatusCode.UNAVAILABLE: (503, _SERVER, "service_unavailable"),
 }
+_RETRY_AFTER_S = 1.0
 _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 _TOO_LONG = "CONTEXT_LENGTH_EXCEEDED"
 _CODE_BY_REASON = {_TOO_LONG: "context_length_exceeded"}
@@ -87,6 +88,8 @@ class HttpError(Exception):
         retry_after_s: float | None = None,
     ) -> Self:
         status, kind, code = _BY_CODE.get(grpc_code, (500, _SERVER, None))
+        if status == 503 and retry_after_s is None:
+            retry_after_s = _RETRY_AFTER_S  # also of one that stops: another may be in its place
         name = field.removeprefix(_SAMPLING)
         param = _PARAMS.get(name, name) or None
         return cls(status, message, type=kind, param=param, code=code, retry_after_s=retry_after_s)
