@@ -5,7 +5,7 @@ PYTHON := $(shell for p in python3.13 python3.12 python3; do \
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: protos demo examples node test test-slow check check-deploy format wheel-test bench clean
+.PHONY: protos demo examples clients node test test-slow check check-deploy format wheel-test bench clean
 
 demo: .venv/installed
 	@printf '%s\n' '/set temperature 0' 'Hello!' 'What is 23 + 58?' \
@@ -19,9 +19,13 @@ examples: node .venv/installed .venv-examples/installed examples/typescript/node
 	cd examples/typescript && npm run --silent build
 	$(BIN)/python examples/run.py
 
+# Programs that others wrote, in front of `quire serve`; their packages are not quire's.
+clients: node .venv/installed .venv-clients/installed examples/clients/node_modules/.package-lock.json
+	$(BIN)/python examples/run_clients.py
+
 node:
 	@node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' 2>/dev/null && npm --version >/dev/null 2>&1 || \
-	  { echo "make examples needs Node >= 20 with npm, for examples/typescript: install them and run make again"; exit 1; }
+	  { echo "make examples and make clients need Node >= 20 with npm: install them and run make again"; exit 1; }
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
@@ -74,15 +78,18 @@ bench: .venv/installed
 	@touch $@
 
 .venv-examples/installed: examples/python/requirements.txt
+.venv-clients/installed: examples/clients/requirements.txt
+
+.venv-examples/installed .venv-clients/installed:
 	@test -n "$(PYTHON)" || { echo "quire needs Python >= 3.12: install python3.12 and run make again"; exit 1; }
-	test -x .venv-examples/bin/python || $(PYTHON) -m venv .venv-examples
-	.venv-examples/bin/python -m pip install -q --disable-pip-version-check -r $<
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
-examples/typescript/node_modules/.package-lock.json: examples/typescript/package-lock.json
-	cd examples/typescript && npm ci --loglevel=error
+examples/%/node_modules/.package-lock.json: examples/%/package-lock.json
+	cd examples/$* && npm ci --loglevel=error
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-protos .venv-examples build dist *.egg-info
-	rm -rf examples/python/inference_pb2* examples/typescript/node_modules examples/typescript/dist examples/typescript/src/generated
+	rm -rf .venv .venv-protos .venv-examples .venv-clients build dist *.egg-info
+	rm -rf examples/python/inference_pb2* examples/*/node_modules examples/typescript/dist examples/typescript/src/generated

@@ -2,19 +2,16 @@
 then with TLS besides. `make examples` installs their packages, makes their stubs and runs this.
 """
 
-import os
 import re
 import secrets
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from server import ROOT, Ran, fail, run_client, server, show
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent
 CLIENTS = {
     "Python": (str(ROOT / ".venv-examples/bin/python"), str(HERE / "python/client.py")),
     "TypeScript": ("node", str(HERE / "typescript/dist/client.js")),
@@ -33,7 +30,6 @@ EXPECTED = (
     r"  field sampling_params\.temperature",
     r"expected error: DEADLINE_EXCEEDED: (?i:deadline exceeded).*",
 )
-START_TIMEOUT_S, CLIENT_TIMEOUT_S, STOP_TIMEOUT_S = 300, 60, 60
 MAKE_CERTIFICATE = (
     "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost "
     "-addext subjectAltName=IP:127.0.0.1,DNS:localhost"
@@ -46,77 +42,33 @@ def main() -> int:
     key = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with engine(folder / "log", key) as target:
+        with server("engine", folder / "log", key) as at:
             for language in CLIENTS:
-                check(language, run(language, target, "--api-key", key))
-                refused = run(language, target, QUIRE_API_KEY="wrong")
+                check(language, run(language, at["grpc"], "--api-key", key))
+                refused = run(language, at["grpc"], QUIRE_API_KEY="wrong")
                 if refused.returncode != 1 or "UNAUTHENTICATED: the key is" not in refused.stderr:
                     fail(f"the {language} client was let in with a wrong key", refused)
         certificate, private = make_certificate(folder)
         tls = ("--ssl-certfile", certificate, "--ssl-keyfile", private)
-        with engine(folder / "log of tls", key, *SMALL, *tls) as target:
+        with server("engine", folder / "log of tls", key, *SMALL, *tls) as at:
             for language in CLIENTS:
-                check(language, run(language, target, "--ca", certificate, QUIRE_API_KEY=key))
+                check(language, run(language, at["grpc"], "--ca", certificate, QUIRE_API_KEY=key))
     print("the examples print what they should")
     return 0
 
 
-@contextmanager
-def engine(log: Path, key: str, *flags: str) -> Iterator[str]:
-    """The address of a `quire engine` with the embedded model, which ends with the block."""
-    command = [str(ROOT / ".venv/bin/quire"), "engine", "--grpc-port", "0", *flags]
-    with log.open("w") as stderr:
-        environment = os.environ | {"QUIRE_API_KEY": key}
-        process = subprocess.Popen(command, stderr=stderr, env=environment)
-    try:
-        yield wait_until_ready(process, log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    if process.returncode != 0:
-        sys.exit(f"the engine ended with exit code {process.returncode}:\n{log.read_text()}")
+def run(language: str, target: str, *flags: str, **environment: str) -> Ran:
+    return run_client([*CLIENTS[language], "--target", target, *flags], environment)
 
 
-def wait_until_ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        if found := re.search(r"ready in .*, serving on (\S+) \(gRPC\)", log.read_text()):
-            return found[1]
-        time.sleep(0.05)
-    sys.exit(f"the engine did not start:\n{log.read_text()}")
-
-
-def run(
-    language: str, target: str, *flags: str, **environment: str
-) -> "subprocess.CompletedProcess[str]":
-    """A client, which knows of a key only what it is given here."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("QUIRE_API_KEY", "VLLM_API_KEY")}
-    return subprocess.run(
-        [*CLIENTS[language], "--target", target, *flags],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=CLIENT_TIMEOUT_S,
-        check=False,
-    )
-
-
-def check(language: str, ran: "subprocess.CompletedProcess[str]") -> None:
+def check(language: str, ran: Ran) -> None:
     lines = ran.stdout.splitlines()
     if ran.returncode != 0 or len(lines) != len(EXPECTED):
         fail(f"the {language} client ended with {ran.returncode} and {len(lines)} lines", ran)
     for line, pattern in zip(lines, EXPECTED, strict=True):
         if not re.fullmatch(pattern, line):
             fail(f"the {language} client was to print {pattern!r}, not {line!r}", ran)
-    print(f"{language}:", *lines, sep="\n  ", flush=True)
-
-
-def fail(why: str, ran: "subprocess.CompletedProcess[str]") -> None:
-    sys.exit(f"{why}:\n{ran.stdout}{ran.stderr}")
+    show(language, ran)
 
 
 def make_certificate(folder: Path) -> tuple[str, str]:

@@ -24,3 +24,14 @@ def test_files_that_a_page_names_exist(path: Path) -> None:
     assert links or named or path.name == "CHANGELOG.md"
     for name in (*links, *named):
         assert (path.parent / name).exists() or (ROOT / name).exists(), name
+
+
+def test_snippets_of_clients_are_parts_of_the_files_that_run() -> None:
+    snippets = {}
+    for section in (ROOT / "docs" / "clients.md").read_text().split("\n## ")[1:]:
+        (name,) = re.findall(r"\]\(\.\./examples/clients/([\w.]+)\)", section)
+        (snippets[name],) = re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)
+    folder = ROOT / "examples" / "clients"
+    assert set(snippets) == {f.name for f in folder.iterdir() if f.suffix in (".py", ".mjs", ".sh")}
+    for name, snippet in snippets.items():
+        assert snippet in (folder / name).read_text(), name

@@ -36,11 +36,11 @@ Handler = Callable[[Scope, Receive, Reply, str | None], Awaitable[None]]
 _ENGINES_OWN = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.UNAUTHENTICATED,
         grpc.StatusCode.NOT_FOUND,
         grpc.StatusCode.ALREADY_EXISTS,
     }
 )
+_WRONG_KEY = "the key is not one of the server's; send the header Authorization: Bearer KEY"
 _AWAY = "the engine is starting, stopping or gone; try again in a second"
 
 _KNOWN_S, _MAX_KNOWN_KEYS = 60.0, 1024
@@ -188,6 +188,8 @@ def as_http_error(error: Exception) -> HttpError:
     if isinstance(error, HttpError):
         return error
     if isinstance(error, grpc.aio.AioRpcError):
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return HttpError.of_code(error.code(), _WRONG_KEY)  # the engine's words are for gRPC
         if error.code() in _ENGINES_OWN:
             return HttpError.of_code(error.code(), error.details() or error.code().name)
         # gRPC's own words name sockets and addresses.

@@ -23,8 +23,10 @@ _BY_CODE: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: (504, _SERVER, "timeout"),
     grpc.StatusCode.UNAVAILABLE: (503, _SERVER, "service_unavailable"),
 }
+_RETRY_AFTER_S = 1.0
 _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
-_CODE_BY_REASON = {"CONTEXT_LENGTH_EXCEEDED": "context_length_exceeded"}
+_TOO_LONG = "CONTEXT_LENGTH_EXCEEDED"
+_CODE_BY_REASON = {_TOO_LONG: "context_length_exceeded"}
 _SAMPLING = "sampling_params."
 # Names of the .proto -> OpenAI's.
 _PARAMS = {
@@ -69,7 +71,11 @@ class HttpError(Exception):
     def of_session(cls, error: pb.SessionError) -> Self:
         """What the engine said of one request."""
         code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.INTERNAL)
-        made = cls.of_code(code, error.message, error.field, error.retry_after_ns / 1e9 or None)
+        message = error.message
+        if error.reason == _TOO_LONG:
+            # Clients that look at no code look for these words (LangChain's ContextOverflowError).
+            message = f"prompt is too long: {message}"
+        made = cls.of_code(code, message, error.field, error.retry_after_ns / 1e9 or None)
         made.code = _CODE_BY_REASON.get(error.reason, made.code)
         return made
 
@@ -82,6 +88,8 @@ class HttpError(Exception):
         retry_after_s: float | None = None,
     ) -> Self:
         status, kind, code = _BY_CODE.get(grpc_code, (500, _SERVER, None))
+        if status == 503 and retry_after_s is None:
+            retry_after_s = _RETRY_AFTER_S  # also of one that stops: another may be in its place
         name = field.removeprefix(_SAMPLING)
         param = _PARAMS.get(name, name) or None
         return cls(status, message, type=kind, param=param, code=code, retry_after_s=retry_after_s)

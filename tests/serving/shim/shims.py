@@ -21,6 +21,7 @@ from ..core.cores import WAIT_S
 from ..gateway.gateways import Core, Served, open_gateway, until
 
 MODEL = "quire-demo"
+KEY = "sk-1"  # of those engines that want one
 SUM = [{"role": "user", "content": "What is 23 + 58?"}]
 
 

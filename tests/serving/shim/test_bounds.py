@@ -2,28 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from quire.engine.startup import Engine
 from quire.serving.cli import main
 from quire.serving.http_config import LinkConfig
-from quire.serving.keys import front_key
 
-from ..gateway.gateways import SECRET, real_core
-from .shims import SUM, Front, front_stage
+from .shims import KEY, SUM, Front
 
 Run = Callable[..., Any]
-KEY = "sk-1"
-
-
-@pytest.fixture(scope="module")
-def keyed(demo: Engine) -> Iterator[Run]:
-    """In front of an engine that wants keys."""
-    core = real_core(demo)
-    with front_stage(core, engine={"model": None}, api_key=(KEY,), key=front_key(SECRET)) as run:
-        yield run
 
 
 def test_request_over_the_engines_message_limit_ends_alone(front: Run) -> None:
