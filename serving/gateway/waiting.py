@@ -10,6 +10,7 @@ from .metrics import GatewayMetrics
 # How far back the rate is measured that says when to try again, and the bounds of what is said.
 _RATE_WINDOW_S = 10.0
 _SOONEST_S, _LATEST_S = 0.1, 60.0
+_UNKNOWN_S = 1.0  # of a server that was idle until now
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Waiting:
         self._limits = limits
         self._metrics = metrics
         self._starts: deque[tuple[float, int]] = deque()
+        self._waiting_since = 0.0  # some request or other, without a pause
 
     def enter(self, num_requests: int, num_tokens: int) -> Place:
         """Raises Overloaded. Whatever a request asks for, it is let in when nobody waits."""
@@ -86,11 +88,15 @@ class Waiting:
         self._forget_old_starts()
         num_started = sum(count for _, count in self._starts)
         if not num_started:
-            return _RATE_WINDOW_S
+            # The longer nothing starts, the longer it may take.
+            waited_s = time.monotonic() - self._waiting_since
+            return min(_RATE_WINDOW_S, max(_UNKNOWN_S, waited_s))
         wanted = self._metrics.num_queued / 10
         return min(_LATEST_S, max(_SOONEST_S, wanted * _RATE_WINDOW_S / num_started))
 
     def _take(self, num_requests: int, num_tokens: int) -> None:
+        if not self._metrics.num_queued:
+            self._waiting_since = time.monotonic()
         self._metrics.num_queued += num_requests
         self._metrics.num_queued_tokens += num_tokens
 
