@@ -170,7 +170,8 @@ def _chat_token(one: pb.TokenLogprob, as_ids: bool) -> JsonObject:
     return {
         "token": _token_text(one, as_ids),
         "logprob": _clamped(one.logprob),
-        "bytes": list(one.text.encode()),
+        # Of a token that is a part of a character, the text does not tell them.
+        "bytes": None if "\ufffd" in one.text else list(one.text.encode()),
     }
 
 

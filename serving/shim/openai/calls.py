@@ -13,7 +13,7 @@ from . import answers as shapes
 from .answers import DONE, Head, JsonObject, Splicer, event
 from .echo import Echo
 from .errors import HttpError
-from .requests import ChatBody, CompletionBody
+from .requests import ChatBody, CompletionBody, last_of_assistant
 
 _FAILED = pb.FINISH_REASON_ERROR
 
@@ -30,6 +30,7 @@ class Wants:
     usage: bool = False
     running_usage: bool = False
     echoes: list[Echo] = field(default_factory=list)  # of each prompt, if wanted
+    prefix: str = ""  # of the answers to a conversation
     only_echo: bool = False  # the answer's own tokens are not wanted
 
     @classmethod
@@ -47,6 +48,7 @@ class Wants:
             usage=wants_usage,
             running_usage=wants_usage and bool(options and options.continuous_usage_stats),
             echoes=echoes,
+            prefix=last_of_assistant(body) if isinstance(body, ChatBody) and body.echo else "",
             only_echo=bool(echoes) and body.max_tokens == 0,
         )
 
@@ -108,7 +110,11 @@ class Call:
             text, logprobs = self._echoed(choice, text, logprobs)
         made: JsonObject = {"index": choice.index}
         if self._head.shape.is_chat:
-            made["message"] = {"role": self._head.role, "content": text, "refusal": None}
+            made["message"] = {
+                "role": self._head.role,
+                "content": self._wants.prefix + text,
+                "refusal": None,
+            }
         else:
             made["text"] = text
             number = choice.index // self._wants.num_choices
@@ -169,7 +175,8 @@ class Call:
             choice.splicer = Splicer(self._head, choice.index, has_usage=wants.usage)
         self._note(number, choice, delta)
         if self._head.shape.is_chat:
-            return self._chunk(choice, {"delta": {"role": self._head.role, "content": ""}})
+            said = {"role": self._head.role, "content": wants.prefix}
+            return self._chunk(choice, {"delta": said})
         if not wants.echoes:
             return b""
         text, logprobs = self._echoed(choice, "", None)

@@ -148,6 +148,9 @@ class ChatBody(Sampling):
     top_logprobs: int | None = Field(
         None, description="how many of the likeliest tokens to tell, with logprobs"
     )
+    echo: bool | None = Field(
+        None, description="the last message before the answer, if it is the assistant's"
+    )
     add_generation_prompt: bool | None = Field(
         None, description="whether the template opens the assistant's turn; true by default"
     )
@@ -216,6 +219,12 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
         _set(params, "logprobs", body.top_logprobs or 0)
     _fill_envelope(request, body)
     return request
+
+
+def last_of_assistant(body: ChatBody) -> str:
+    """What `echo` puts before the answer: the last message, if it is of the same role."""
+    last = body.messages[-1]
+    return (_content(last.content, "messages") or "") if last.role == "assistant" else ""
 
 
 def completion_requests(

@@ -150,6 +150,33 @@ def test_echo_is_of_what_the_model_saw(front: Run) -> None:
     front(use)
 
 
+def test_echo_of_a_conversation_is_its_last_message(front: Run) -> None:
+    async def use(front: Front) -> None:
+        begun = [*SUM, {"role": "assistant", "content": "23 + 58"}]
+        fields = {"messages": begun, "continue_final_message": True, "max_tokens": 20}
+        plain = (await front.chat(**fields)).json()["choices"][0]["message"]["content"]
+        whole = (await front.chat(echo=True, **fields)).json()["choices"][0]["message"]["content"]
+        assert whole == "23 + 58" + plain == "23 + 58 = 81."
+        chunks = events_of((await front.chat(echo=True, stream=True, **fields)).text)
+        assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == whole
+        answer = (await front.chat(echo=True)).json()["choices"][0]["message"]["content"]
+        assert answer == "23 + 58 = 81."  # the last message is the user's
+
+    front(use)
+
+
+def test_token_that_is_a_part_of_a_character_tells_no_bytes(front: Run) -> None:
+    async def use(front: Front) -> None:
+        (part, *_) = (await front.http.post("/tokenize", json={"prompt": "🦊"})).json()["tokens"]
+        (whole,) = (await front.http.post("/tokenize", json={"prompt": "a"})).json()["tokens"]
+        for token, told in ((part, None), (whole, [97])):
+            answer = await front.chat(allowed_token_ids=[token], logprobs=True, max_tokens=1)
+            (one,) = answer.json()["choices"][0]["logprobs"]["content"]
+            assert one["bytes"] == told
+
+    front(use)
+
+
 def test_prompt_that_is_too_long_has_openais_code(front: Run) -> None:
     async def use(front: Front) -> None:
         for answer in (
