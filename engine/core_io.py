@@ -3,6 +3,7 @@ core in another process need not load JAX.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +53,7 @@ class StepOutput:
     request_id: str
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...] = ()
-    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None  # with the first token
+    prompt_logprobs: Sequence[PositionLogprobs] | None = None  # with the first token
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached: int = 0  # with the first token, and with an end that has none

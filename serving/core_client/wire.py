@@ -2,7 +2,8 @@
 whoever talks to it. Nothing is lost on the way but times, which start anew.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -123,9 +124,7 @@ def _fill(one: core_pb2.RequestOutput, output: StepOutput) -> None:
 
 
 def _output_from_proto(one: core_pb2.RequestOutput) -> StepOutput:
-    prompt_logprobs = None
-    if one.has_prompt_logprobs:
-        prompt_logprobs = tuple(_position_from_proto(p) for p in one.prompt_logprobs)
+    prompt_logprobs = _Positions(one.prompt_logprobs) if one.has_prompt_logprobs else None
     stop_reason: int | str | None = one.error or None
     if one.HasField("stop_token_id"):
         stop_reason = one.stop_token_id
@@ -139,6 +138,22 @@ def _output_from_proto(one: core_pb2.RequestOutput) -> StepOutput:
         one.num_cached,
         one.queue_ns,
     )
+
+
+class _Positions(Sequence[PositionLogprobs]):
+    """Read when they are used, which may be on a thread: there may be thousands."""
+
+    def __init__(self, messages: Sequence[core_pb2.RawLogprobs]) -> None:
+        self._messages = messages
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._messages[index]
+        if isinstance(index, slice):
+            return tuple(map(_position_from_proto, found))
+        return _position_from_proto(found)
 
 
 def _position_to_proto(position: PositionLogprobs) -> core_pb2.RawLogprobs:

@@ -7,10 +7,10 @@ Knows open requests and the core's client; who may open one, and when, is the in
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ...engine.answer_reader import Piece
-from ...engine.core_io import StepOutput
+from ...engine.core_io import PositionLogprobs, StepOutput
 from ...engine.errors import (
     DeadlinePassed,
     EngineError,
@@ -22,6 +22,7 @@ from ...engine.errors import (
 )
 from ...engine.request import FinishReason
 from ..core_client.client import CoreClient, CoreStream
+from .answers import prompt_logprobs
 from .metrics import GatewayMetrics
 from .open_request import Choice, OpenRequest
 from .statuses import internal_error
@@ -54,6 +55,7 @@ class CoreLink:
         self._on_ended = on_ended
         self._choices: dict[str, Choice] = {}
         self._stream: CoreStream | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     @property
     def num_open(self) -> int:
@@ -121,13 +123,40 @@ class CoreLink:
             choice = self._choices.get(output.request_id)
             if choice is None:
                 continue  # aborted after it was made
-            try:
-                self._on_output(choice, output, now)
-            except Exception as error:
-                # The border of a request: whatever one shows to be broken, the others go on.
-                self.fail(choice.request, internal_error(error))
+            request = choice.request
+            if request.held is not None:
+                request.held.append((choice, output, now))
+            elif output.prompt_logprobs is not None and not request.has_told_prompt_logprobs:
+                request.has_told_prompt_logprobs = True
+                request.held = [(choice, output, now)]
+                telling = asyncio.create_task(self._tell(request, output.prompt_logprobs))
+                self._telling.add(telling)
+                telling.add_done_callback(self._telling.discard)
+            else:
+                self._take(choice, output, now)
             if number % _BREATH == 0:
                 await asyncio.sleep(0)
+
+    async def _tell(self, request: OpenRequest, positions: Sequence[PositionLogprobs]) -> None:
+        """The logprobs of a prompt, and then what came meanwhile."""
+        try:
+            tokenizer = request.tokenizer
+            told = await asyncio.to_thread(prompt_logprobs, positions, tokenizer)
+        except Exception as error:
+            self.fail(request, internal_error(error))
+            return
+        request.prompt_logprobs = told
+        held, request.held = request.held or [], None
+        for choice, output, now in held:
+            if choice.core_id in self._choices:
+                self._take(choice, output, now)
+
+    def _take(self, choice: Choice, output: StepOutput, now: int) -> None:
+        try:
+            self._on_output(choice, output, now)
+        except Exception as error:
+            # The border of a request: whatever one shows to be broken, the others go on.
+            self.fail(choice.request, internal_error(error))
 
     def _on_output(self, choice: Choice, output: StepOutput, now: int) -> None:
         request, times = choice.request, choice.request.times
@@ -137,9 +166,6 @@ class CoreLink:
             else:
                 self._metrics.inter_token_latency.observe((now - times.last_token) * 1e-9)
             times.last_token = now
-        if output.prompt_logprobs is not None and not request.has_told_prompt_logprobs:
-            request.has_told_prompt_logprobs = True
-            request.prompt_logprobs = output.prompt_logprobs
         piece = choice.reader.read(output)
         choice.token_ids += piece.token_ids
         self._metrics.num_generation_tokens += len(piece.token_ids)
@@ -188,6 +214,8 @@ class CoreLink:
                 )
                 self.fail(request, EngineUnavailable(why))
                 continue
+            if request.held is not None:
+                request.held.clear()  # the next core makes them again
             if request.was_sent:
                 request.num_resumes += 1
                 self._metrics.num_resumed += 1

@@ -5,7 +5,7 @@ import asyncio
 from ...engine.answer_reader import Piece
 from ...engine.errors import QuireError
 from ...protos.quire.v1 import inference_pb2
-from .answers import Completed, prompt_logprobs, set_summary
+from .answers import Completed, set_summary
 from .open_request import Choice, OpenRequest
 
 
@@ -33,7 +33,7 @@ class Gathered:
             model=request.terms.model,
             outputs=[self._answers[choice.index].message() for choice in request.choices],
             prompt_token_ids=request.text.prompt_token_ids,
-            prompt_logprobs=prompt_logprobs(request),
+            prompt_logprobs=request.take_prompt_logprobs(),
         )
         set_summary(message.summary, request)
         return message

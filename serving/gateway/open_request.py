@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...engine.answer_reader import AnswerReader, Piece
-from ...engine.core_io import PositionLogprobs, Submission
+from ...engine.core_io import StepOutput, Submission
 from ...engine.errors import QuireError
 from ...engine.text.tokenizer import Tokenizer
 from ...engine.text.validate import TextRequest
+from ...protos.quire.v1 import inference_pb2
 from .waiting import Place
 
 
@@ -111,8 +112,10 @@ class OpenRequest:
         self.num_resumes = 0
         self.ended_by = "abort"  # how it counts, unless its last piece says otherwise
         # Until the first piece that is sent takes them.
-        self.prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
+        self.prompt_logprobs: inference_pb2.PromptLogprobs | None = None
         self.has_told_prompt_logprobs = False
+        # What comes while they are made into a message, which takes a tenth of a second and more.
+        self.held: list[tuple[Choice, StepOutput, int]] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -122,7 +125,7 @@ class OpenRequest:
     def num_output_tokens(self) -> int:
         return sum(len(choice.token_ids) for choice in self.choices)
 
-    def take_prompt_logprobs(self) -> tuple[PositionLogprobs, ...] | None:
+    def take_prompt_logprobs(self) -> inference_pb2.PromptLogprobs | None:
         """Once, when they are known and were asked for."""
         given, self.prompt_logprobs = self.prompt_logprobs, None
         return given
