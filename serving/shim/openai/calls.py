@@ -3,6 +3,7 @@
 Knows deltas of the engine and OpenAI's shapes; sockets, keys and limits are others'.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +92,11 @@ class Call:
                 choice.texts.append(delta.text)
                 choice.token_ids += delta.token_ids
                 choice.positions += delta.logprobs
+        if self._prompt_logprobs:  # thousands of positions: not while others wait
+            return await asyncio.to_thread(self._whole)
+        return self._whole()
+
+    def _whole(self) -> JsonObject:
         choices = [self._whole_choice(c) for _, c in sorted(self._choices.items())]
         payload = self._head.whole() | {
             "choices": choices,
@@ -134,9 +140,14 @@ class Call:
         has_begun = False
         try:
             while self._answers.num_open or self._answers.has_events:
-                events = await self._answers.take()
-                body = b"".join([self._chunks(number, _delta(one)) for number, one in events])
-                if body:
+                parts = []
+                for number, one in await self._answers.take():
+                    delta = _delta(one)
+                    if delta.HasField("prompt_logprobs"):
+                        parts.append(await asyncio.to_thread(self._chunks, number, delta))
+                    else:
+                        parts.append(self._chunks(number, delta))
+                if body := b"".join(parts):
                     has_begun = True
                     yield body
         except HttpError as error:
