@@ -5,13 +5,15 @@ refuses or renames, the file does too. Flags and variables win over it.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..engine.errors import ConfigError
-from .flags import Parser, given_options
+from .flags import FALSE, TRUE, Collect, Parser, given_options, is_secret
+from .vllm_flags import is_switch, our_flag
 
 
 class Given:
@@ -41,35 +43,99 @@ def add_config_flag(parser: Parser) -> None:
 
 
 def _as_flags(path: str, flags: Mapping[str, argparse.Action]) -> list[str]:
-    import yaml
-
     where = f"the config file {path}"
     try:
-        value = yaml.safe_load(Path(path).expanduser().read_text("utf-8"))
+        value = _load(Path(path).expanduser().read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{where} cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{where} is not YAML text") from error
+    except yaml.MarkedYAMLError as error:
+        # Without the line itself, which may hold a key.
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise ConfigError(f"{where} is not YAML: {line}{error.problem}") from None
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{where} is not YAML: it has characters that YAML does not allow"
+        ) from None
     if value is None:
         return []
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{where} must be a mapping of options, like port: 8000")
-    words = []
+    words: list[str] = []
+    seen: set[str] = set()
     for key, one in value.items():
         flag = f"--{key.replace('_', '-')}"
         if flag in ("--config", "--help"):
             raise ConfigError(f"{where} has {key}, which is for the command line alone")
-        if one is not None:
-            words += _words(flag, one, flags)
+        if flag in seen:
+            raise ConfigError(f"{where} has {key} twice, with - and with _; keep one")
+        seen.add(flag)
+        words += _words(where, key, flag, one, flags)
     return words
 
 
-def _words(flag: str, value: Any, flags: Mapping[str, argparse.Action]) -> list[str]:
-    """Written with =, so that no value is taken for a flag."""
-    if isinstance(value, bool):
-        if isinstance(flags.get(flag), argparse.BooleanOptionalAction):
-            return [flag if value else f"--no-{flag[2:]}"]
-        return [flag] if value else [f"{flag}=false"]
-    if isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
-        return [f"{flag}={one}" for one in value]
-    return [f"{flag}={json.dumps(value) if isinstance(value, list | dict) else value}"]
+def _load(text: str) -> Any:
+    """Scalars stay as they are written: a key 0123 is no number, and no is no false. Empty ones and
+    null are None. A key that stands twice is an error.
+    """
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key!r:.80} stands twice", problem_mark=node.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
+
+
+def _words(
+    where: str, key: str, flag: str, value: Any, flags: Mapping[str, argparse.Action]
+) -> list[str]:
+    """Values are written with =, so that none is taken for a flag."""
+    ours = our_flag(flag)
+    action = flags.get(ours)
+    if isinstance(value, list):
+        texts = value
+        if not isinstance(action, Collect) and action is not None:
+            raise ConfigError(f"{where}: {key} takes one value, not a list")
+    else:
+        texts = [] if value is None else [value]
+    if isinstance(action, Collect) and not texts and is_secret(action):
+        raise ConfigError(f"{where}: {key} is empty; leave it out for none")
+    if action is None:  # one of vLLM's, or unknown: what asks for nothing is passed over
+        return _words_of_theirs(flag, value)
+    if not all(isinstance(one, str) for one in texts):
+        raise ConfigError(f"{where}: {key} must be a plain value, or a list of them")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [_switch(where, key, ours, one) for one in texts]
+    return [f"{ours}={one}" for one in texts]
+
+
+def _words_of_theirs(flag: str, value: Any) -> list[str]:
+    if value in (None, "", [], {}):
+        return []
+    if not isinstance(value, str):
+        return [f"{flag}=…"]
+    if value.lower() in TRUE:
+        return [flag]
+    if value.lower() in FALSE and flag == "--enable-chunked-prefill":
+        return ["--no-enable-chunked-prefill"]
+    return [] if value.lower() in FALSE and is_switch(flag) else [f"{flag}={value}"]
+
+
+def _switch(where: str, key: str, flag: str, text: str) -> str:
+    if text.lower() not in TRUE + FALSE:
+        raise ConfigError(f"{where}: {key} must be true or false")
+    if text.lower() in TRUE:
+        return flag
+    return f"--{flag.removeprefix('--no-')}" if flag.startswith("--no-") else f"--no-{flag[2:]}"

@@ -13,6 +13,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..engine.errors import ConfigError
 
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
 Translate = Callable[[Sequence[str], Mapping[str, argparse.Action]], Sequence[str]]
 
 
@@ -140,6 +142,11 @@ def _reader(field: dataclasses.Field[Any], hint: Any) -> Callable[[str], Any]:
     return _Reader(_kinds(hint))
 
 
+def is_secret(action: argparse.Action) -> bool:
+    """Whether the flag's values may be shown to nobody."""
+    return action.type is _one_secret
+
+
 def _one_secret(text: str) -> tuple[str, ...]:
     """Not split: a key may hold commas."""
     return (text,)
@@ -168,8 +175,8 @@ class _Reader:
                 return tuple(read(part) for part in parts)
             if get_origin(kind) is Literal and text.lower() in get_args(kind):
                 return text.lower()
-            if kind is bool and text.lower() in ("1", "true", "yes", "0", "false", "no"):
-                return text.lower() in ("1", "true", "yes")
+            if kind is bool and text.lower() in TRUE + FALSE:
+                return text.lower() in TRUE
             if kind in (int, float):
                 try:
                     return kind(text)

@@ -57,6 +57,8 @@ class HttpConfig:
                     f"allowed_origins has {origin!r}, but an origin is a scheme, a host and "
                     "perhaps a port, like https://example.com:8443, and * is any"
                 )
+        if self.uds is not None and (not self.uds or "\0" in self.uds):
+            raise ConfigError(f"uds must be the path of a socket, got {self.uds!r}")
         if self.root_path and not _ROOT.fullmatch(self.root_path):
             raise ConfigError(
                 f"root_path must begin with / and not end with one, got {self.root_path!r}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..engine.errors import ConfigError
 from ..engine.vllm_options import REFUSED, RENAMED, WITHOUT_EFFECT
-from .flags import Collect
+from .flags import FALSE, TRUE, Collect, is_secret
 
 _SHORT = {
     "-tp": "--tensor-parallel-size",
@@ -118,6 +118,8 @@ def translate_flags(arguments: Sequence[str], known: Mapping[str, argparse.Actio
     has_model = False
     while left:
         argument = left.pop(0)
+        if argument.startswith("-O"):
+            raise ConfigError(f"{argument} is not available: {_PLANNED}")
         flag, equals, value = argument.partition("=")
         flag = _SHORT.get(flag, flag)
         name = flag.removeprefix("--").replace("-", "_")
@@ -125,16 +127,20 @@ def translate_flags(arguments: Sequence[str], known: Mapping[str, argparse.Actio
             has_model = True
         if why := _GONE_VALUES.get((flag, value if equals else next(iter(left), ""))):
             raise ConfigError(f"{flag} {value or left[0]} is not available: {why}")
+        has_model = has_model or flag == "--model"
+        if flag in known and known[flag].nargs == 0 and value.lower() in TRUE + FALSE:
+            is_on = value.lower() in TRUE
+            translated.arguments.append(flag if is_on else f"--no-{flag[2:]}")
+            continue
         if flag in known and not equals:
             translated.arguments += _with_values(flag, known[flag], left, has_model)
             continue
         if not flag.startswith("--") or flag in known:
             translated.arguments.append(flag + equals + value)
             continue
-        ours = (RENAMED | _ALIASES).get(name)
-        if ours is not None:
-            mapped = f"--{ours.replace('_', '-')}"
-            translated.arguments.append(mapped + equals + value)
+        mapped = our_flag(flag)
+        if mapped != flag:
+            left.insert(0, mapped + equals + value)
             translated.notes.append(f"{flag} is {mapped} here")
             continue
         has_value = bool(equals)
@@ -146,6 +152,17 @@ def translate_flags(arguments: Sequence[str], known: Mapping[str, argparse.Actio
         else:
             translated.arguments.append(argument)
     return translated
+
+
+def our_flag(flag: str) -> str:
+    """The name that a flag has here."""
+    ours = (RENAMED | _ALIASES).get(flag.removeprefix("--").replace("-", "_"))
+    return flag if ours is None else f"--{ours.replace('_', '-')}"
+
+
+def is_switch(flag: str) -> bool:
+    """Whether it is one of vLLM's without a value."""
+    return flag.removeprefix("--").replace("-", "_") in _SWITCHES
 
 
 def flags_of_vllm() -> dict[str, str]:
@@ -182,9 +199,10 @@ def _with_values(flag: str, action: argparse.Action, left: list[str], has_model:
     while left and not left[0].startswith("-"):
         words.append(left.pop(0))
     if len(words) > 1 and not has_model:
+        shown = "" if is_secret(action) else f" {' '.join(words)}"
         raise ConfigError(
-            f"{flag} {' '.join(words)}: the model may be one of them; write the model before the "
-            "flags, or the names with commas"
+            f"{flag}{shown}: one of these {len(words)} may be the model; write it before the flags "
+            "or with --model, or repeat the flag for each value"
         )
     return [part for word in words for part in (flag, word)]
 

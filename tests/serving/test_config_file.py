@@ -76,7 +76,20 @@ def test_flags_and_variables_win(
     [
         ("modl: x", "unknown flag --modl; did you mean --model?"),
         ("- a", "must be a mapping"),
-        ("1: a", "must be a mapping"),
+        ("1: a", "unknown flag --1"),
+        ("port: 1\nport: 2", "'port' stands twice"),
+        ("max-model-len: 1\nmax_model_len: 2", "twice, with - and with _"),
+        ("port: [1, 2]", "port takes one value, not a list"),
+        ("served-model-name: {a: b}", "must be a plain value"),
+        ("served-model-name: [a, null]", "must be a plain value"),
+        ("model: !!int 5", "must be a plain value"),
+        ("api-key:", "api-key is empty"),
+        ("api-key: []", "api-key is empty"),
+        ("enable-prefix-caching: maybe", "must be true or false"),
+        ("uds: ''", "uds must be the path of a socket"),
+        ("hf-overrides: {a: 2024-01-01}", "edit config.json"),
+        ("hf-overrides: &x [*x]", "edit config.json"),
+        ("a: \0", "not YAML"),
         ("a: [", "is not YAML"),
         ("config: other.yaml", "for the command line alone"),
         ("port: many", "must be a whole number, got 'many'"),
@@ -102,6 +115,44 @@ def test_what_is_wrong_is_said_in_a_line(
     assert started == []
 
 
+def test_values_stay_as_they_are_written(started: list[dict[str, Any]], tmp_path: Path):
+    """YAML would make false, 83, 1.1 and a date of these."""
+    path = written(
+        tmp_path,
+        """
+        api-key: [no, 0123, 1_0]
+        served-model-name: [yes, 1.10, 2024-01-01]
+        chat-template: "{{ off }}"
+        revision: 0x1F
+        enforce-eager: false
+        no-enable-prefix-caching: false
+        async-scheduling: false
+        enable-auto-tool-choice: false
+        reasoning-parser: ''
+        """,
+    )
+    assert cli.main(["serve", "--config", path]) == 0
+    engine, gateway, _ = started
+    assert gateway["serve"]["api_key"] == ("no", "0123", "1_0")
+    assert gateway["serve"]["served_model_name"] == ("yes", "1.10", "2024-01-01")
+    assert engine == {
+        "chat_template": "{{ off }}",
+        "revision": "0x1F",
+        "lazy_compile": False,
+        "enable_prefix_caching": True,
+    }
+
+
+def test_key_is_not_shown_when_the_file_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = written(tmp_path, 'port: 1\napi-key: "sesame')
+    assert cli.main(["serve", "--config", path]) == 2
+    said = capsys.readouterr().err
+    assert "line 2" in said
+    assert "sesame" not in said
+
+
 def test_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["serve", "--config", "/nonexistent.yaml"]) == 2
     assert "/nonexistent.yaml cannot be read" in capsys.readouterr().err
@@ -114,6 +165,10 @@ def test_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture[str]):
         (["m", "--served-model-name", "a", "b", "--seed", "1"], ("a", "b")),
         (["--served-model-name", "a", "--model", "m"], ("a",)),
         (["m", "--served-model-name", "a,b", "c"], ("a", "b", "c")),
+        (["--model", "m", "--served-model-name", "a", "b"], ("a", "b")),
+        (["--model=m", "--served-model-name", "a", "b"], ("a", "b")),
+        (["--block-size", "16", "m", "--served-model-name", "a", "b"], ("a", "b")),
+        (["--enforce-eager=true", "m", "--served-model-name", "a", "b"], ("a", "b")),
     ],
 )
 def test_lists_may_be_several_words(
@@ -129,8 +184,12 @@ def test_model_that_may_be_a_name_is_refused(
     started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ):
     """The embedded model would be served under the name of the one that was meant."""
-    assert cli.main(["engine", "--served-model-name", "a", "org/model"]) == 2
-    assert "write the model before the flags" in capsys.readouterr().err
+    for words in (["--block-size", "16"], ["--shutdown-timeout=5"], ["--enforce-eager"], []):
+        assert cli.main(["engine", *words, "--served-model-name", "a", "org/model"]) == 2
+        said = capsys.readouterr().err
+        assert "--served-model-name a org/model: one of these 2 may be the model" in said
+        assert cli.main(["engine", *words, "--api-key", "sesame", "org/model"]) == 2
+        assert "sesame" not in capsys.readouterr().err
     assert started == []
 
 

@@ -79,6 +79,8 @@ def test_a_line_of_a_guide_starts_the_same_server(
         ("--num-scheduler-steps 8", "already one step ahead"),
         ("--multi-step-stream-outputs true", "already one step ahead"),
         ("--disable-custom-all-reduce", "XLA chooses the collectives"),
+        ("-O3", "see --token-buckets"),
+        ("-O.mode=3", "see --token-buckets"),
         ("-q awq", "unquantized checkpoint"),
         ("--quantization=gptq_marlin", "unquantized checkpoint"),
         ("--enable-lora", "LoRA adapters are not implemented yet"),
