@@ -48,15 +48,19 @@ class HttpConfig:
             )
 
     def _check_pages(self) -> None:
-        given = ",".join(self.allowed_origins)
-        if given.startswith("["):  # vLLM's flag takes a JSON list
-            object.__setattr__(self, "allowed_origins", _from_json(given))
-        for origin in self.allowed_origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
+        text = ",".join(self.allowed_origins)
+        if text.startswith("["):  # vLLM's flag takes a JSON list
+            object.__setattr__(self, "allowed_origins", _from_json(text))
+        origins = []
+        for given in self.allowed_origins:
+            origin = _as_browsers_write(given)
+            if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ConfigError(
-                    f"allowed_origins has {origin!r}, but an origin is a scheme, a host and "
-                    "perhaps a port, like https://example.com:8443, and * is any"
+                    f"allowed_origins has {given!r}, but an origin is a scheme, a host and perhaps "
+                    "a port, like https://example.com:8443, and * alone is any"
                 )
+            origins.append(origin)
+        object.__setattr__(self, "allowed_origins", tuple(origins))
         if self.uds is not None and (not self.uds or "\0" in self.uds):
             raise ConfigError(f"uds must be the path of a socket, got {self.uds!r}")
         if self.root_path and not _ROOT.fullmatch(self.root_path):
@@ -67,8 +71,17 @@ class HttpConfig:
             raise ConfigError("response_role must not be empty; leave it out for assistant")
 
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*@:]+(:[0-9]+)?|[a-z]+://\[[0-9a-f:.]+\](:[0-9]+)?")
+_USUAL_PORTS = (("http://", ":80"), ("https://", ":443"))
 _ROOT = re.compile(r"(/[^/\s]+)+")
+
+
+def _as_browsers_write(origin: str) -> str:
+    origin = origin.lower().removesuffix("/")
+    for scheme, port in _USUAL_PORTS:
+        if origin.startswith(scheme):
+            return origin.removesuffix(port)
+    return origin
 
 
 def _from_json(text: str) -> tuple[str, ...]:

@@ -68,9 +68,8 @@ _WHY = {
 
 async def no_route(scope: Scope, _: Receive, __: Reply, ___: str | None) -> None:
     """Of any path that has none. Raises HttpError."""
-    path = scope["path"]
-    message = f"there is no route {path[:200]}"
-    if why := why_absent(path):
+    message = f"there is no route {scope['path'][:200]}"
+    if why := why_absent(scope["path"].removeprefix(scope.get("root_path", ""))):
         raise HttpError(404, f"{message}: {why}", type="not_found_error", code="unsupported_route")
     raise HttpError(404, message, type="not_found_error")
 

@@ -100,7 +100,8 @@ def _under(root_path: str, app: ASGIApp) -> ASGIApp:
     """Takes a path off that a proxy has left on, or not."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "root_path": root_path}, receive, send)
+        path = f"{root_path}/" if scope.get("path") == root_path else scope.get("path")
+        await app({**scope, "root_path": root_path, "path": path}, receive, send)
 
     return serve
 
@@ -191,7 +192,7 @@ def as_http_error(error: Exception) -> HttpError:
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
             return HttpError.of_code(error.code(), _WRONG_KEY)  # the engine's words are for gRPC
         if error.code() in _ENGINES_OWN:
-            return HttpError.of_code(error.code(), error.details() or error.code().name)
+            return HttpError.of_rpc(error)
         # gRPC's own words name sockets and addresses.
         logger.warning("an rpc failed: %s: %s", error.code().name, error.details())
         return HttpError.of_code(grpc.StatusCode.UNAVAILABLE, _AWAY, retry_after_s=1.0)

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from ..http_config import ORIGIN
 from .http import Receive, Reply, Scope, Send
 from .openai.errors import HttpError
 
 _EXPOSED = ("x-request-id", "retry-after", "retry-after-ms")
-_HEADERS = ("authorization", "content-type", "x-request-id")
 
 
 def with_cors(app: ASGIApp, allowed_origins: tuple[str, ...]) -> ASGIApp:
@@ -25,8 +25,8 @@ def with_cors(app: ASGIApp, allowed_origins: tuple[str, ...]) -> ASGIApp:
         app,
         allow_origins=allowed_origins,
         allow_methods=("GET", "POST"),
-        # An SDK in a page sends headers of its own, x-stainless-…: whichever are asked for.
-        allow_headers=("*",) if "*" in allowed_origins else _HEADERS,
+        # Whichever are asked for: an SDK in a page sends headers of its own, x-stainless-….
+        allow_headers=("*",),
         expose_headers=_EXPOSED,
         max_age=600,
     )
@@ -41,7 +41,8 @@ class LocalOnly:
         self._app = app
         self._is_open = "*" in allowed_origins
         self._origins = frozenset(allowed_origins)
-        self._hosts = {host.lower(), *(_host_of(origin) for origin in allowed_origins)}
+        names = {_host_of(origin) for origin in allowed_origins if origin != "*"}
+        self._hosts = {"localhost", host.lower()} | names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_open and (why := self._refusal(scope)):
@@ -51,32 +52,35 @@ class LocalOnly:
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> str | None:
-        given = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host = given.get(b"host", "")
-        if host and not self._is_local(_host_of(f"//{host}")):
+        given = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
+        host, origin = given.get(b"host", ""), given.get(b"origin")
+        if host and not self._is_ours(_host_of(f"//{host}")):
             return (
                 f"the host {host!r:.200} is not this server's, which has no keys; use its address, "
-                "start it with keys, or with --allowed-origins"
+                "or start it with keys, with --allowed-origins or with --allow-unauthenticated"
             )
-        origin = given.get(b"origin")
-        if origin is None or origin in self._origins or urlsplit(origin).netloc == host:
+        # A page of this server, or no page at all.
+        if origin is None or origin in self._origins or origin.partition("://")[2] == host:
             return None
+        way_out = f" {origin:.200}" if ORIGIN.fullmatch(origin) else ""
         return (
-            f"pages of {origin!r:.200} may not call this server; start it with --allowed-origins "
-            f"{origin:.200}"
+            f"the page's origin {origin!r:.200} is not allowed, and this server has no keys; start "
+            f"it with --allowed-origins{way_out}, or with keys"
         )
 
-    def _is_local(self, host: str) -> bool:
-        if host in self._hosts or host == "localhost" or host.endswith(".localhost"):
+    def _is_ours(self, host: str) -> bool:
+        """Any address too: a page can let a name point here, but an address is what it says."""
+        if host in self._hosts or host.endswith(".localhost"):
             return True
         try:
-            return ipaddress.ip_address(host).is_loopback
+            ipaddress.ip_address(host.partition("%")[0])
         except ValueError:
             return False
+        return True
 
 
 def _host_of(url: str) -> str:
     try:
-        return (urlsplit(url).hostname or "").lower()
+        return (urlsplit(url).hostname or "").removesuffix(".")
     except ValueError:
         return ""

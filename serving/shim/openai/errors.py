@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from ....protos.quire.v1 import inference_pb2 as pb
 
@@ -77,6 +78,22 @@ class HttpError(Exception):
             message = f"prompt is too long: {message}"
         made = cls.of_code(code, message, error.field, error.retry_after_ns / 1e9 or None)
         made.code = _CODE_BY_REASON.get(error.reason, made.code)
+        return made
+
+    @classmethod
+    def of_rpc(cls, error: grpc.aio.AioRpcError) -> Self:
+        """What the engine said of a call, of which its details name the field and the reason."""
+        status = status_pb2.Status()
+        for name, value in error.trailing_metadata() or ():
+            if name == "grpc-status-details-bin":
+                status.ParseFromString(value)
+        bad, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
+        for detail in status.details:
+            if not detail.Unpack(bad):
+                detail.Unpack(info)
+        field = bad.field_violations[0].field if bad.field_violations else ""
+        made = cls.of_code(error.code(), error.details() or error.code().name, field)
+        made.code = _CODE_BY_REASON.get(info.reason, made.code)
         return made
 
     @classmethod
