@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from ...engine.errors import RequestError
-from ..strict_json import read_object
+from ..strict_json import BadNumber, bad_number_field, read_object
 from .openai.errors import HttpError
 
 Scope = MutableMapping[str, Any]
@@ -68,7 +68,10 @@ async def read_json_object(scope: Scope, receive: Receive) -> dict[str, Any]:
     try:
         return read_object(body, "the body")
     except RequestError as error:
-        raise HttpError.bad_request(str(error), code="invalid_json") from error
+        field = bad_number_field(body) if isinstance(error, BadNumber) else None
+        raise HttpError.bad_request(
+            str(error), param=field and field[:80], code="invalid_json"
+        ) from error
 
 
 async def _read_body(receive: Receive) -> bytes:
