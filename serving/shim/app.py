@@ -22,7 +22,8 @@ from ..keys import bearer_key
 from .absent import no_route
 from .engine import Engine
 from .http import ClientGone, Receive, Reply, Scope, Send, header
-from .openai.errors import HttpError
+from .openai.answers import DONE, event
+from .openai.errors import HttpError, field_of
 from .openai.routes import OpenAI
 from .origins import LocalOnly, with_cors
 from .page import Page
@@ -152,10 +153,13 @@ class Guarded:
         except ClientGone:
             return
         except Exception as error:
-            if reply.has_started:
-                raise  # the server closes the connection: half an answer must not look whole
             answer = as_http_error(error)
-            await reply.json(answer.body, answer.status, answer.headers)
+            if not reply.has_started:
+                await reply.json(answer.body, answer.status, answer.headers)
+            elif reply.has_events:
+                await reply.last_event(event(answer.body) + DONE)
+            else:
+                raise  # the server closes the connection: half an answer must not look whole
 
     def _check_method(self, scope: Scope) -> None:
         method = scope["method"]
@@ -191,7 +195,8 @@ def as_http_error(error: Exception) -> HttpError:
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
             return HttpError.of_code(error.code(), _WRONG_KEY)  # the engine's words are for gRPC
         if error.code() in _ENGINES_OWN:
-            return HttpError.of_code(error.code(), error.details() or error.code().name)
+            said = error.details() or error.code().name
+            return HttpError.of_code(error.code(), said, field_of(error))
         # gRPC's own words name sockets and addresses.
         logger.warning("an rpc failed: %s: %s", error.code().name, error.details())
         return HttpError.of_code(grpc.StatusCode.UNAVAILABLE, _AWAY, retry_after_s=1.0)

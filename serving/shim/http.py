@@ -99,6 +99,7 @@ class Reply:
         self._send = send
         self.request_id = request_id
         self.has_started = False
+        self.has_events = False  # and not their end
 
     async def json(
         self, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None
@@ -122,9 +123,19 @@ class Reply:
         """
         first = await anext(events)
         await self._start(200, _EVENT_HEADERS)
+        self.has_events = True
         await self._part(first)
         async for body in events:
             await self._part(body)
+        await self._end_events()
+
+    async def last_event(self, body: bytes) -> None:
+        """What went wrong while events were sent."""
+        await self._part(body)
+        await self._end_events()
+
+    async def _end_events(self) -> None:
+        self.has_events = False
         await self._send({"type": "http.response.body", "body": b""})
 
     async def _part(self, body: bytes) -> None:

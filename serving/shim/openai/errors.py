@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from ....protos.quire.v1 import inference_pb2 as pb
 
@@ -34,7 +35,9 @@ _PARAMS = {
     "token_ids": "prompt",
     "tools_json": "tools",
     "chat_template_kwargs_json": "chat_template_kwargs",
+    "chat_template": "messages",  # which the server's own does not take
 }
+_DETAILS = "grpc-status-details-bin"
 
 
 class HttpError(Exception):
@@ -94,6 +97,19 @@ class HttpError(Exception):
         param = _PARAMS.get(name, name) or None
         return cls(status, message, type=kind, param=param, code=code, retry_after_s=retry_after_s)
 
+    def renamed(self, name: str, to: str) -> "HttpError":
+        """Of a field that callers know by another name than the engine."""
+        if self.param != name:
+            return self
+        return HttpError(
+            self.status,
+            str(self).replace(name, to, 1),
+            type=self.type,
+            param=to,
+            code=self.code,
+            retry_after_s=self.retry_after_s,
+        )
+
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -113,3 +129,15 @@ class HttpError(Exception):
             return self._headers
         ms = max(1, round(self.retry_after_s * 1000))
         return self._headers | {"retry-after": str(-(-ms // 1000)), "retry-after-ms": str(ms)}
+
+
+def field_of(error: grpc.aio.AioRpcError) -> str:
+    """The field that the engine named, in the .proto's names; empty if it named none."""
+    for key, value in error.trailing_metadata() or ():
+        if key != _DETAILS:
+            continue
+        for detail in status_pb2.Status.FromString(value).details:
+            bad = error_details_pb2.BadRequest()
+            if detail.Unpack(bad) and bad.field_violations:
+                return str(bad.field_violations[0].field)
+    return ""

@@ -92,7 +92,9 @@ def content_of(route: str, name: str, inside: str | None, value: str) -> bytes:
 def test_field_at_its_worst_is_refused_by_name_or_harmless(
     front: Run, route: str, name: str, inside: str | None
 ) -> None:
-    named = inside or name
+    named = {inside or name}
+    if (route, name) == ("/tokenize", "messages"):
+        named.add("prompt")  # one of them
     kind = {"content-type": "application/json"}
 
     async def use(front: Front) -> None:
@@ -108,7 +110,8 @@ def test_field_at_its_worst_is_refused_by_name_or_harmless(
         for value, answer in zip(WORST, found, strict=True):
             shown = f"{value:.80}: {answer.status_code} {answer.text[:500]}"
             if answer.status_code == 200:
-                assert '"error"' not in answer.text, shown
+                assert not answer.text.startswith('{"error"'), shown
+                assert 'data: {"error"' not in answer.text, shown
                 continue
             is_unknown_model = name == "model" and inside is None
             assert answer.status_code == 400 or (is_unknown_model and answer.status_code == 404), (
@@ -117,7 +120,7 @@ def test_field_at_its_worst_is_refused_by_name_or_harmless(
             error = answer.json()["error"]
             assert error["type"] in ("invalid_request_error", "not_found_error"), shown
             param = (error["param"] or "").replace("[", ".").partition(".")[0]
-            assert param == named, shown
+            assert param in named, shown
             assert len(answer.content) < 2000, shown
         assert any(answer.status_code == 400 for answer in found)
         assert await fixed(front) == before
