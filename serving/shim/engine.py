@@ -88,7 +88,7 @@ class Answers:
         request in the order of submit(). Raises SlowReader.
         """
         if self.is_overrun:
-            raise SlowReader("the answer was not read; read faster, or ask for less")
+            raise SlowReader("more of the answer waited to be read than is kept; read faster")
         if not self._events:
             self._waiter = asyncio.get_running_loop().create_future()
             try:

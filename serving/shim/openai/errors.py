@@ -37,6 +37,7 @@ _PARAMS = {
     "chat_template_kwargs_json": "chat_template_kwargs",
     "chat_template": "messages",  # which the server's own does not take
 }
+TOO_SLOW = "the answer was made faster than it was taken; read faster, or ask for less at once"
 _DETAILS = "grpc-status-details-bin"
 
 
@@ -74,6 +75,9 @@ class HttpError(Exception):
     def of_session(cls, error: pb.SessionError) -> Self:
         """What the engine said of one request."""
         code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.INTERNAL)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not error.retry_after_ns:
+            # No queue is full: what was made was not taken, by this shim or by its client.
+            return cls.of_code(grpc.StatusCode.UNAVAILABLE, TOO_SLOW, retry_after_s=1.0)
         message = error.message
         if error.reason == _TOO_LONG:
             # Clients that look at no code look for these words (LangChain's ContextOverflowError).

@@ -200,6 +200,16 @@ class Raw:
         self.writer.write(data)
         await self.writer.drain()
 
+    async def rest(self) -> bytes:
+        """What comes until the connection ends, however it does."""
+        parts = []
+        try:
+            while part := await self.reader.read(1 << 16):
+                parts.append(part)
+        except ConnectionResetError:
+            pass
+        return b"".join(parts)
+
     def end(self) -> None:
         """FIN, and a reset for what comes after it."""
         self.writer.close()
@@ -212,7 +222,8 @@ class Raw:
 
 
 def request_bytes(asked: dict[str, Any]) -> bytes:
-    """A whole request, as it is on the wire."""
+    """A whole request, as it is on the wire, and the only one of its connection."""
     content = json.dumps(asked).encode()
-    head = f"POST {_path(asked)} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    head = f"POST {_path(asked)} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+    head += "content-type: application/json\r\n"
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
