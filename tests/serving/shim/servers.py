@@ -224,6 +224,6 @@ class Raw:
 def request_bytes(asked: dict[str, Any]) -> bytes:
     """A whole request, as it is on the wire, and the only one of its connection."""
     content = json.dumps(asked).encode()
-    head = f"POST {_path(asked)} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+    head = f"POST {_path(asked)} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
     head += "content-type: application/json\r\n"
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
