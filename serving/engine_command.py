@@ -76,7 +76,8 @@ def _run(given: Given, *, with_http: bool) -> int:
         count = HttpConfig(**http).api_server_count
         for number in range(1, count + 1):
             name = "shim" if count == 1 else f"shim {number}"
-            fronts.append(Front(name, _python("shim"), {"http": http, "serve": serve}))
+            shim = {"http": http, "serve": serve}
+            fronts.append(Front(name, _python("shim"), shim, is_pinged=True))
     limits = Limits(step_timeout_s=config.step_timeout, drain_timeout_s=config.drain_timeout)
     return run_engine(engine, fronts, limits)
 

@@ -7,6 +7,11 @@ from typing import Any, NoReturn
 from ..engine.errors import RequestError
 
 MAX_DEPTH = 128
+_MAX_INT_DIGITS = 4300  # Python's own limit
+
+
+class BadNumber(RequestError):
+    """A number that is none, or is too large. bad_number_field() finds where it stands."""
 
 
 def read_json(content: bytes | str, what: str) -> Any:
@@ -24,8 +29,8 @@ def read_json(content: bytes | str, what: str) -> Any:
         ) from None
     except RequestError:
         raise
-    except ValueError:  # Python's own limit on the digits of an integer
-        raise RequestError(
+    except ValueError:  # of more than _MAX_INT_DIGITS
+        raise BadNumber(
             f"{what} has an integer of thousands of digits; 64 bits are the most that is used"
         ) from None
     # Fewer brackets cannot be deeper: most values are not walked.
@@ -42,6 +47,32 @@ def read_object(content: bytes | str, what: str) -> dict[str, Any]:
             f"{what} must be a JSON object, got {_KINDS[type(value)]}; write it in braces"
         )
     return value
+
+
+def bad_number_field(content: bytes) -> str | None:
+    """The name of an object's field for which read_object() raised BadNumber; None if other things
+    are wrong besides. Read again: where it is raised, the name is not known.
+    """
+    try:
+        fields = _LENIENT.decode(content.decode())
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(fields, dict):
+        for name, value in fields.items():
+            if _has_bad_number(value):
+                return str(name)
+    return None
+
+
+def _has_bad_number(value: object) -> bool:
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            return True
+        if isinstance(one, dict | list):
+            left += one.values() if isinstance(one, dict) else one
+    return False
 
 
 _KINDS = {
@@ -87,14 +118,17 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise RequestError(f"the number {text:.40} is too large; write it within 64 bits")
+        raise BadNumber(f"the number {text:.40} is too large; write it within 64 bits")
     return number
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise RequestError(f"{name} is not a JSON number; write a finite one")
+    raise BadNumber(f"{name} is not a JSON number; write a finite one")
 
 
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_no_constant
+)
+_LENIENT = json.JSONDecoder(
+    parse_int=lambda text: math.inf if len(text) > _MAX_INT_DIGITS else 0, parse_float=float
 )

@@ -1,13 +1,15 @@
 """A supervised shim: `python -m quire.serving.shim --channel FD`.
 
 The first message of the channel brings its options: {"http": {…HttpConfig…}, "serve":
-{…ServeConfig…}, "front_socket": path, "secret": hex}. It answers "ready" with its address once the
-engine serves, or "refused" and exit code 2. SIGTERM drains it; it does not outlive its supervisor.
+{…ServeConfig…}, "front_socket": path, "ping_socket": path, "secret": hex}. It answers "ready" with
+its address once the engine serves, or "refused" and exit code 2. SIGTERM drains it; it does not
+outlive its supervisor.
 """
 
 import asyncio
 import os
 import sys
+from pathlib import Path
 
 from ...engine.errors import UsageError
 from .. import collector, malloc
@@ -57,6 +59,7 @@ def _options(message: Message, serve: ServeConfig) -> ShimOptions:
         tls_of(serve),
         is_local=serves_only_here(serve, http, key),
         drain_timeout_s=serve.drain_timeout,
+        ping_socket=Path(message["ping_socket"]),
     )
 
 

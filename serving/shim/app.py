@@ -22,6 +22,7 @@ from ..keys import bearer_key
 from .absent import no_route
 from .engine import Engine
 from .http import ClientGone, Receive, Reply, Scope, Send, header
+from .openai.answers import DONE, event
 from .openai.errors import HttpError
 from .openai.routes import OpenAI
 from .origins import LocalOnly, with_cors
@@ -153,10 +154,13 @@ class Guarded:
         except ClientGone:
             return
         except Exception as error:
-            if reply.has_started:
-                raise  # the server closes the connection: half an answer must not look whole
             answer = as_http_error(error)
-            await reply.json(answer.body, answer.status, answer.headers)
+            if not reply.has_started:
+                await reply.json(answer.body, answer.status, answer.headers)
+            elif reply.has_events:
+                await reply.last_event(event(answer.body) + DONE)
+            else:
+                raise  # the server closes the connection: half an answer must not look whole
 
     def _check_method(self, scope: Scope) -> None:
         method = scope["method"]

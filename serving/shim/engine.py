@@ -55,10 +55,12 @@ class EngineAddress:
 class Answers:
     """The requests of one caller, and one reader of all their events. Close it in any case."""
 
-    def __init__(self, engine: "Engine", bearer_key: str | None, num_logprobs: int) -> None:
+    def __init__(self, engine: "Engine", bearer_key: str | None, num_logprobs: int | None) -> None:
         self._engine = engine
-        # Of one token, about; to look at each would be work.
-        self._event_bytes = _EVENT_BYTES + _LOGPROB_BYTES * num_logprobs
+        # Of one token, about; to look at each would be work. None: each is looked at.
+        self._event_bytes = (
+            None if num_logprobs is None else _EVENT_BYTES + _LOGPROB_BYTES * num_logprobs
+        )
         self._key = bearer_key
         self._ids: list[int] = []
         self._events: list[tuple[int, Outcome]] = []
@@ -86,7 +88,7 @@ class Answers:
         request in the order of submit(). Raises SlowReader.
         """
         if self.is_overrun:
-            raise SlowReader("the answer was not read; read faster, or ask for less")
+            raise SlowReader("more of the answer waited to be read than is kept; read faster")
         if not self._events:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -106,7 +108,8 @@ class Answers:
             self.is_overrun = True
             self.close()
             return
-        self._num_bytes += self._event_bytes
+        num_bytes = self._event_bytes
+        self._num_bytes += outcome.ByteSize() if num_bytes is None else num_bytes
         self._events.append((number, outcome))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -147,9 +150,9 @@ class Engine:
             self._lose(why)
             await asyncio.sleep(_RECONNECT_S)
 
-    def open(self, bearer_key: str | None, num_logprobs: int = 0) -> Answers:
+    def open(self, bearer_key: str | None, num_logprobs: int | None = 0) -> Answers:
         """For requests in the name of whoever has the key. num_logprobs: of each token, those that
-        were asked for.
+        were asked for; None for as many as the vocabulary has.
         """
         return Answers(self, bearer_key, num_logprobs)
 

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from ...engine.errors import RequestError
-from ..strict_json import read_object
+from ..strict_json import BadNumber, bad_number_field, read_object
 from .openai.errors import HttpError
 
 Scope = MutableMapping[str, Any]
@@ -68,7 +68,10 @@ async def read_json_object(scope: Scope, receive: Receive) -> dict[str, Any]:
     try:
         return read_object(body, "the body")
     except RequestError as error:
-        raise HttpError.bad_request(str(error), code="invalid_json") from error
+        field = bad_number_field(body) if isinstance(error, BadNumber) else None
+        raise HttpError.bad_request(
+            str(error), param=field and field[:80], code="invalid_json"
+        ) from error
 
 
 async def _read_body(receive: Receive) -> bytes:
@@ -96,6 +99,7 @@ class Reply:
         self._send = send
         self.request_id = request_id
         self.has_started = False
+        self.has_events = False  # and not their end
 
     async def json(
         self, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None
@@ -119,9 +123,19 @@ class Reply:
         """
         first = await anext(events)
         await self._start(200, _EVENT_HEADERS)
+        self.has_events = True
         await self._part(first)
         async for body in events:
             await self._part(body)
+        await self._end_events()
+
+    async def last_event(self, body: bytes) -> None:
+        """What went wrong while events were sent."""
+        await self._part(body)
+        await self._end_events()
+
+    async def _end_events(self) -> None:
+        self.has_events = False
         await self._send({"type": "http.response.body", "body": b""})
 
     async def _part(self, body: bytes) -> None:

@@ -17,6 +17,7 @@ from ...engine.errors import ConfigError
 from .. import collector
 from ..config import ServeConfig
 from ..http_config import HttpConfig
+from ..supervisor.ping import answering_pings
 from ..tls import tls_context
 from .app import make_app
 from .engine import Engine, EngineAddress
@@ -40,7 +41,8 @@ class Tls:
 @dataclass(frozen=True)
 class ShimOptions:
     """host to listen on, at the port of http. is_local: without keys, so that only this machine's
-    programs may call. drain_timeout_s: what open calls get to end.
+    programs may call. drain_timeout_s: what open calls get to end. ping_socket: where a supervisor
+    sees that this process moves.
     """
 
     host: str
@@ -49,6 +51,7 @@ class ShimOptions:
     tls: Tls | None = None
     is_local: bool = False
     drain_timeout_s: float = 30.0
+    ping_socket: Path | None = None
 
 
 def tls_of(config: ServeConfig) -> Tls | None:
@@ -167,7 +170,8 @@ async def serve_http(
         asyncio.create_task(collector.collect(lambda: engine.num_open == 0)),
     ]
     try:
-        await server.serve(sockets=[listening])
+        async with answering_pings(options.ping_socket):
+            await server.serve(sockets=[listening])
     finally:
         for task in tasks:
             task.cancel()

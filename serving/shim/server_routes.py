@@ -3,12 +3,14 @@
 import reprlib
 from typing import Any
 
+import grpc
+
 from ... import __version__
 from ...protos.quire.v1 import inference_pb2 as pb
 from .engine import Engine
 from .http import Receive, Reply, Scope, read_json_object
-from .openai.errors import HttpError
-from .openai.requests import message_of
+from .openai.errors import HttpError, field_of
+from .openai.requests import message_of, set_field
 from .openapi import document
 
 _HEALTH_TIMEOUT_S = 2.0
@@ -47,14 +49,15 @@ class ServerRoutes:
         body = await read_json_object(scope, receive)
         known = ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt")
         _refuse_unknown(body, (*known, "return_token_strs"))
-        request = pb.TokenizeRequest(model=_text(body, "model") or "")
+        request = pb.TokenizeRequest()
+        set_field(request, "model", _text(body, "model") or "")
         prompt = _text(body, "prompt")
         if (prompt is None) == (body.get("messages") is None):
             raise HttpError.bad_request(
                 "send either prompt or messages", param="prompt", code="invalid_value"
             )
         if prompt is not None:
-            request.text = prompt
+            set_field(request, "text", prompt, "prompt")
             request.add_special_tokens = _flag(body, "add_special_tokens", True)
         else:
             for index, one in enumerate(_objects(body, "messages")):
@@ -94,11 +97,19 @@ class ServerRoutes:
             raise HttpError.bad_request(
                 "tokens must be a list of token ids", param="tokens", code="invalid_value"
             )
-        text = await self._detokenized(tokens, key, _text(body, "model") or "")
+        try:
+            text = await self._detokenized(tokens, key, _text(body, "model") or "")
+        except grpc.aio.AioRpcError as error:
+            if field_of(error) != "token_ids":
+                raise
+            raise HttpError.bad_request(
+                error.details() or "", param="tokens", code="invalid_value"
+            ) from error
         await reply.json({"prompt": text, "content": text, "text": text})
 
     async def _detokenized(self, tokens: list[int], key: str | None, model: str = "") -> str:
-        request = pb.DetokenizeRequest(model=model, token_ids=tokens, skip_special_tokens=False)
+        request = pb.DetokenizeRequest(token_ids=tokens, skip_special_tokens=False)
+        set_field(request, "model", model)
         found = await self._engine.call(self._engine.stub.Detokenize, request, key)
         return str(found.text)
 

@@ -4,8 +4,9 @@ import asyncio
 import os
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..core_client.client import CoreClient
 from .child import Child
 from .display import Display
 from .folder import private_folder
+from .ping import ping
 from .supervisor import Limits, Supervisor
 
 
@@ -31,6 +33,7 @@ class Front:
     command: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     has_socket: bool = False  # it makes the front socket, and answers there
+    is_pinged: bool = False  # it makes a socket at its option ping_socket, and answers there
 
 
 def run_engine(
@@ -85,9 +88,14 @@ async def _run(
         await health.Check(health_pb2.HealthCheckRequest(), timeout=limits.step_timeout_s)
 
     children = [core]
-    for front in fronts:
+    for number, front in enumerate(fronts):
         options = {**front.options, **shared}
-        ask = why_gateway_is_stuck if front.has_socket else None
+        ask: Callable[[], Awaitable[None]] | None = None
+        if front.has_socket:
+            ask = why_gateway_is_stuck
+        elif front.is_pinged:
+            options["ping_socket"] = str(folder / f"{number}.sock")
+            ask = partial(ping, Path(options["ping_socket"]))
         children.append(Child(front.name, front.command, options, drains=True, why_stuck=ask))
     display = Display()
     try:

@@ -96,13 +96,14 @@ def running_usage(prompt_tokens: int, output_tokens: int) -> JsonObject:
 
 
 def chat_logprobs(positions: Any, wanted: int, *, as_ids: bool) -> JsonObject:
-    """The logprobs of a chat choice. wanted: how many alternatives were asked for."""
+    """The logprobs of a chat choice. wanted: how many alternatives were asked for, -1 for all."""
     content = []
     for position in positions:
         first, *_ = position.tokens
         entry = _chat_token(first, as_ids)
-        top = sorted(position.tokens, key=lambda t: t.rank)[:wanted]
-        entry["top_logprobs"] = [_chat_token(one, as_ids) for one in top]
+        top = sorted(position.tokens, key=lambda t: t.rank)
+        shown = top if wanted < 0 else top[:wanted]
+        entry["top_logprobs"] = [_chat_token(one, as_ids) for one in shown]
         content.append(entry)
     return {"content": content, "refusal": None}
 

@@ -34,6 +34,13 @@ class Wants:
     prefix: str = ""  # of the answers to a conversation
     only_echo: bool = False  # the answer's own tokens are not wanted
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """Of each token; None: of the whole vocabulary."""
+        if self.num_top < 0:
+            return None
+        return 1 + self.num_top if self.has_logprobs else 0
+
     @classmethod
     def of(cls, body: ChatBody | CompletionBody, echoes: list[Echo]) -> "Wants":
         options = body.stream_options

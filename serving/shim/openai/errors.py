@@ -35,7 +35,10 @@ _PARAMS = {
     "token_ids": "prompt",
     "tools_json": "tools",
     "chat_template_kwargs_json": "chat_template_kwargs",
+    "chat_template": "messages",  # which the server's own does not take
 }
+TOO_SLOW = "the answer was made faster than it was taken; read faster, or ask for less at once"
+_DETAILS = "grpc-status-details-bin"
 
 
 class HttpError(Exception):
@@ -52,13 +55,14 @@ class HttpError(Exception):
         retry_after_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        # Of a name that somebody made up, there may be halves of characters.
+        super().__init__(message.encode("utf-8", "replace").decode())
         self._headers = dict(headers or {})
         if status == 401:
             self._headers["www-authenticate"] = "Bearer"
         self.status = status
         self.type = type
-        self.param = param
+        self.param = param and param.encode("utf-8", "replace").decode()
         self.code = code
         self.retry_after_s = retry_after_s
 
@@ -72,6 +76,9 @@ class HttpError(Exception):
     def of_session(cls, error: pb.SessionError) -> Self:
         """What the engine said of one request."""
         code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.INTERNAL)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not error.retry_after_ns:
+            # No queue is full: what was made was not taken, by this shim or by its client.
+            return cls.of_code(grpc.StatusCode.UNAVAILABLE, TOO_SLOW, retry_after_s=1.0)
         message = error.message
         if error.reason == _TOO_LONG:
             # Clients that look at no code look for these words (LangChain's ContextOverflowError).
@@ -82,18 +89,10 @@ class HttpError(Exception):
 
     @classmethod
     def of_rpc(cls, error: grpc.aio.AioRpcError) -> Self:
-        """What the engine said of a call, of which its details name the field and the reason."""
-        status = status_pb2.Status()
-        for name, value in error.trailing_metadata() or ():
-            if name == "grpc-status-details-bin":
-                status.ParseFromString(value)
-        bad, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
-        for detail in status.details:
-            if not detail.Unpack(bad):
-                detail.Unpack(info)
-        field = bad.field_violations[0].field if bad.field_violations else ""
+        """What the engine said of a call."""
+        field, reason = _details_of(error)
         made = cls.of_code(error.code(), error.details() or error.code().name, field)
-        made.code = _CODE_BY_REASON.get(info.reason, made.code)
+        made.code = _CODE_BY_REASON.get(reason, made.code)
         return made
 
     @classmethod
@@ -110,6 +109,19 @@ class HttpError(Exception):
         name = field.removeprefix(_SAMPLING)
         param = _PARAMS.get(name, name) or None
         return cls(status, message, type=kind, param=param, code=code, retry_after_s=retry_after_s)
+
+    def renamed(self, name: str, to: str) -> "HttpError":
+        """Of a field that callers know by another name than the engine."""
+        if self.param != name:
+            return self
+        return HttpError(
+            self.status,
+            str(self).replace(name, to, 1),
+            type=self.type,
+            param=to,
+            code=self.code,
+            retry_after_s=self.retry_after_s,
+        )
 
     @property
     def body(self) -> dict[str, Any]:
@@ -130,3 +142,19 @@ class HttpError(Exception):
             return self._headers
         ms = max(1, round(self.retry_after_s * 1000))
         return self._headers | {"retry-after": str(-(-ms // 1000)), "retry-after-ms": str(ms)}
+
+
+def field_of(error: grpc.aio.AioRpcError) -> str:
+    """The field that the engine named, in the .proto's names; empty if it named none."""
+    return _details_of(error)[0]
+
+
+def _details_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """The field and the reason that the engine named; empty where it named none."""
+    bad, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
+    for name, value in error.trailing_metadata() or ():
+        if name == _DETAILS:
+            for detail in status_pb2.Status.FromString(value).details:
+                if not detail.Unpack(bad):
+                    detail.Unpack(info)
+    return next((str(one.field) for one in bad.field_violations), ""), str(info.reason)

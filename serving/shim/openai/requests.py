@@ -209,14 +209,15 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
     if body.add_generation_prompt is not None:
         request.add_generation_prompt = body.add_generation_prompt
     if body.chat_template_kwargs:
-        request.chat_template_kwargs_json = _compact(body.chat_template_kwargs)
+        given = _compact(body.chat_template_kwargs)
+        set_field(request, "chat_template_kwargs_json", given, "chat_template_kwargs")
     most = body.max_completion_tokens
     if most is not None:
         body = body.model_copy(update={"max_tokens": most})
     params = request.sampling_params
     _fill(params, body)
     if body.logprobs:
-        _set(params, "logprobs", body.top_logprobs or 0)
+        set_field(params, "logprobs", body.top_logprobs or 0)
     _fill_envelope(request, body)
     return request
 
@@ -237,19 +238,16 @@ def completion_requests(
     for prompt in prompts:
         request = pb.GenerateRequest()
         if isinstance(prompt, str):
-            try:
-                request.text = prompt
-            except ValueError as error:
-                raise _unfit("prompt", prompt) from error
+            set_field(request, "text", prompt, "prompt")
         else:
             _extend(request.token_ids.ids, "prompt", prompt)
         _fill(request.sampling_params, body)
         if body.max_tokens is None:
             request.sampling_params.max_tokens = DEFAULT_MAX_TOKENS
         if body.logprobs is not None:
-            _set(request.sampling_params, "logprobs", body.logprobs)
+            set_field(request.sampling_params, "logprobs", body.logprobs)
             if body.echo:
-                _set(request.sampling_params, "prompt_logprobs", body.logprobs)
+                set_field(request.sampling_params, "prompt_logprobs", body.logprobs)
         _fill_envelope(request, body)
         if body.request_id and len(prompts) > 1:
             request.request_id = f"{body.request_id}-{len(requests)}"
@@ -278,21 +276,21 @@ def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
 
 def _fill_envelope(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
     for name in ("model", "request_id", "cache_salt"):
-        _set(request, name, getattr(body, name) or "")
-    _set(request, "priority", body.priority or 0)
+        set_field(request, name, getattr(body, name) or "")
+    set_field(request, "priority", body.priority or 0)
     for name in ("add_special_tokens", "truncate_prompt_tokens"):
         value = getattr(body, name)
         if value is not None:
-            _set(request, name, value)
+            set_field(request, name, value)
 
 
 def _fill(params: pb.SamplingParams, body: Sampling) -> None:
     for name in _SCALARS:
         value = getattr(body, name)
         if value is not None:
-            _set(params, name, value)
+            set_field(params, name, value)
     if body.top_k is not None:
-        _set(params, "top_k", 0 if body.top_k == -1 else body.top_k)
+        set_field(params, "top_k", 0 if body.top_k == -1 else body.top_k)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     _extend(params.stop, "stop", stops)
     for name in _LISTS:
@@ -311,11 +309,12 @@ def _fill(params: pb.SamplingParams, body: Sampling) -> None:
             raise _unfit("logit_bias", key) from error
 
 
-def _set(message: Any, name: str, value: object) -> None:
+def set_field(message: Any, name: str, value: object, param: str | None = None) -> None:
+    """param: the caller's name of it, if it is another. Raises HttpError for what does not fit."""
     try:
         setattr(message, name, value)
     except (ValueError, UnicodeError) as error:
-        raise _unfit(name, value) from error
+        raise _unfit(param or name, value) from error
 
 
 def _extend(field: Any, name: str, values: list[Any]) -> None:
@@ -359,9 +358,10 @@ def _message(one: Message, index: int) -> pb.ChatMessage:
         ("tool_call_id", one.tool_call_id),
     ):
         if value is not None:
-            _set(message, name, value)
+            set_field(message, name, value, f"messages[{index}].{name}")
     if one.tool_calls:
-        message.tool_calls_json = _compact(one.tool_calls)
+        calls = _compact(one.tool_calls)
+        set_field(message, "tool_calls_json", calls, f"messages[{index}].tool_calls")
     return message
 
 

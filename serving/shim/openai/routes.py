@@ -42,7 +42,12 @@ class OpenAI:
     ) -> None:
         body = self._read(ChatBody, await read_json_object(scope, receive))
         wants = Wants.of(body, [])
-        await self._answer((receive, reply), CHAT, body, wants, [chat_request(body)], key)
+        try:
+            await self._answer((receive, reply), CHAT, body, wants, [chat_request(body)], key)
+        except HttpError as error:
+            if body.max_completion_tokens is None:
+                raise
+            raise error.renamed("max_tokens", "max_completion_tokens") from error
 
     async def completions(
         self, scope: Scope, receive: Receive, reply: Reply, key: str | None
@@ -112,7 +117,7 @@ class OpenAI:
     ) -> None:
         receive, reply = connection
         head = Head(shape, reply.request_id, body.model or await self._default(key), self._role)
-        answers = self._engine.open(key, 1 + wants.num_top if wants.has_logprobs else 0)
+        answers = self._engine.open(key, wants.num_logprobs)
         try:
             for request in requests:
                 answers.submit(request)

@@ -1,4 +1,4 @@
-"""`quire engine` as a process for tests: the processes behind it, and a client of it."""
+"""`quire engine` or `quire serve` as a process for tests: what is behind it, and a client of it."""
 
 import asyncio
 import os
@@ -243,9 +243,13 @@ class Engine:
     """`quire engine`, from its start to its end; leaving the `with` kills what is left of it."""
 
     def __init__(
-        self, *flags: str, port: int = 0, connect: Callable[[str], Client] = Client
+        self,
+        *flags: str,
+        verb: str = "engine",
+        port: int = 0,
+        connect: Callable[[str], Client] = Client,
     ) -> None:
-        """connect: makes a client that the engine takes."""
+        """verb: of the command. port: of gRPC. connect: makes a client that the engine takes."""
         self._folder = Path(tempfile.mkdtemp(prefix="quire"))  # pytest's are too long for sockets
         self._said = self._folder / "said"
         self._connect = connect
@@ -256,7 +260,7 @@ class Engine:
         kept["QUIRE_CACHE_DIR"] = os.environ["QUIRE_CACHE_DIR"]
         with self._said.open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, "engine", "--grpc-port", str(port), *flags],
+                [sys.executable, "-c", _MAIN, verb, "--grpc-port", str(port), *flags],
                 stderr=stderr,
                 env=kept | {"XDG_RUNTIME_DIR": str(self.runtime)},
             )
@@ -302,11 +306,15 @@ class Engine:
         return [int(pid) for pid in task.read_text().split()]
 
     def pid_of(self, name: str) -> int:
-        """Of its core or its gateway."""
-        part = f"quire.serving.{name}".encode()
-        found = [p for p in self.children() if part in Path(f"/proc/{p}/cmdline").read_bytes()]
+        """Of its core, its gateway or its only shim."""
+        found = self.pids_of(name)
         assert len(found) == 1, self.said
         return found[0]
+
+    def pids_of(self, name: str) -> list[int]:
+        """Of those that there are of a kind."""
+        part = f"quire.serving.{name}".encode()
+        return [p for p in self.children() if part in Path(f"/proc/{p}/cmdline").read_bytes()]
 
     def client(self) -> Client:
         return self._connect(self.address)

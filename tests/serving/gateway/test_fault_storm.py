@@ -1,15 +1,11 @@
 """Thousands of requests that end in every way there is: nothing of them stays."""
 
 import asyncio
-import gc
 import os
 import random
-import re
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -18,33 +14,12 @@ from quire.protos.quire.v1 import inference_pb2 as pb
 from quire.serving.gateway.core_link import MAX_RESUMES
 
 from .engines import Client, Engine, Proxy, Result, generate, until
+from .footprints import require_no_growth, settled
 
 NUM_WARM_UP, NUM_BEFORE, NUM_REQUESTS = 200, 1_000, 5_000
 NUM_ACROSS = 2_000
 NUM_WORKERS, NUM_IN_SESSION = 24, 8
 MOST_STORM_S = 180.0
-# Of the engine's memory between two measurements; of one process's, if that is more than two arenas
-# of Python's allocator, which gives nothing smaller back.
-MOST_GROWTH, ARENAS_BYTES = 0.02, 2 << 20
-STILL_S = 3.0  # longer than what is cleared up when nothing else is to be done
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a process holds."""
-
-    num_fds: int
-    anon_bytes: int
-
-    @classmethod
-    def of(cls, pid: int) -> "Footprint":
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        assert found is not None
-        return cls(len(list(Path(f"/proc/{pid}/fd").iterdir())), int(found[1]) << 10)
-
-    def allows(self, later: "Footprint") -> bool:
-        most = max(ARENAS_BYTES, MOST_GROWTH * self.anon_bytes)
-        return later.anon_bytes - self.anon_bytes <= most
 
 
 class Storm:
@@ -183,27 +158,8 @@ def require_well_formed(response: Any) -> None:
             assert event.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
-async def settled(engine: Engine, client: Client) -> dict[str, Footprint]:
-    """What core and gateway hold once nothing is open and nothing changes."""
-    gc.collect()  # a channel of ours is closed when the last of its calls is forgotten
-
-    def is_idle(metrics: dict[str, float]) -> bool:
-        num_open = sum(metrics[f"quire_{name}"] for name in ("requests_open", "requests_queued"))
-        num_held = metrics["quire_kv_pages"] - metrics["quire_kv_pages_free"]
-        return not (num_open or num_held or metrics["quire_queued_tokens"])
-
-    await client.until_metrics(is_idle)
-    seen: dict[str, Footprint] = {}
-
-    async def is_still() -> bool:
-        nonlocal seen
-        before = seen
-        await asyncio.sleep(STILL_S)
-        seen = {name: Footprint.of(engine.pid_of(name)) for name in ("core", "gateway")}
-        return seen == before
-
-    await until(is_still)
-    return seen
+def processes(engine: Engine) -> Callable[[], dict[str, int]]:
+    return lambda: {name: engine.pid_of(name) for name in ("core", "gateway")}
 
 
 @pytest.fixture
@@ -218,12 +174,12 @@ def test_storm_of_broken_off_requests_leaves_nothing(engine: Engine) -> None:
         expected = {seed: await client.stream(short(seed)) for seed in range(30, 46)}
         storm, began = Storm(engine.address, expected), time.monotonic()
         await storm.run(NUM_WARM_UP)
-        warm = await settled(engine, client)
+        warm = await settled(client, processes(engine))
         await storm.run(NUM_BEFORE)
-        before = await settled(engine, client)
+        before = await settled(client, processes(engine))
         await storm.run(NUM_REQUESTS)
         took_s = time.monotonic() - began
-        after = await settled(engine, client)
+        after = await settled(client, processes(engine))
         print(f"{NUM_REQUESTS} requests in {took_s:.0f} s, {storm.num_read} of them read whole")
         print(f"held after {NUM_BEFORE}: {before}; after {NUM_REQUESTS}: {after}")
         assert took_s < MOST_STORM_S
@@ -231,10 +187,7 @@ def test_storm_of_broken_off_requests_leaves_nothing(engine: Engine) -> None:
         assert {name: one.num_fds for name, one in after.items()} == {
             name: one.num_fds for name, one in warm.items()
         }
-        for name, one in before.items():
-            assert one.allows(after[name]), f"{name}: {one} became {after[name]}"
-        total, total_after = (sum(p.anon_bytes for p in held.values()) for held in (before, after))
-        assert total_after <= (1 + MOST_GROWTH) * total
+        require_no_growth(before, after)
         metrics = await client.metrics()
         for count in ("core_restarts", "core_failed_steps", "compiles_after_warm_up"):
             assert metrics[f"quire_{count}_total"] == 0, count
@@ -256,7 +209,7 @@ def test_storm_across_killed_cores_changes_no_answer(engine: Engine) -> None:
             await client.until_serving(is_so=False)
             await client.until_serving()
         await raging
-        await settled(engine, client)
+        await settled(client, processes(engine))
         metrics = await client.metrics()
         assert storm.num_read > NUM_ACROSS / 5
         assert metrics["quire_requests_resumed_total"] > MAX_RESUMES

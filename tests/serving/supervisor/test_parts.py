@@ -1,5 +1,8 @@
 """The folder of the sockets, the limits, and the standard streams."""
 
+import asyncio
+import os
+import socket
 import stat
 import subprocess
 import sys
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 from quire.engine.errors import ConfigError
 from quire.serving.supervisor.folder import private_folder
+from quire.serving.supervisor.ping import answering_pings, ping
 from quire.serving.supervisor.supervisor import Limits
 
 
@@ -80,3 +84,30 @@ os._exit(0)
     )
     count = len(closed.split(","))
     assert done.stdout == repr(([True] * count, [True] * 3, True))
+
+
+def test_ping_is_answered_by_a_loop_that_moves_and_by_no_other(temporary: Path) -> None:
+    """Also where the socket of one that was killed is left."""
+
+    async def run(path: Path) -> None:
+        for _ in range(2):
+            async with answering_pings(path):
+                await ping(path)
+        path.unlink(missing_ok=True)
+        with pytest.raises(FileNotFoundError):
+            await ping(path)
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.bind(os.fspath(path))
+        with pytest.raises(ConnectionRefusedError):
+            await ping(path)
+        async with answering_pings(path):
+            await ping(path)
+        with socket.socket(socket.AF_UNIX) as silent:
+            path.unlink(missing_ok=True)
+            silent.bind(os.fspath(path))
+            silent.listen()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(ping(path), 0.1)
+
+    with private_folder({}) as folder:
+        asyncio.run(run(folder / "0.sock"))
