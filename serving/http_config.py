@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..engine.errors import ConfigError
@@ -61,8 +62,10 @@ class HttpConfig:
                 )
             origins.append(origin)
         object.__setattr__(self, "allowed_origins", tuple(origins))
-        if self.uds is not None and (not self.uds or "\0" in self.uds):
-            raise ConfigError(f"uds must be the path of a socket, got {self.uds!r}")
+        if self.uds is not None:
+            if not self.uds or "\0" in self.uds:
+                raise ConfigError(f"uds must be the path of a socket, got {self.uds!r}")
+            object.__setattr__(self, "uds", str(Path(self.uds).expanduser()))
         if self.root_path and not _ROOT.fullmatch(self.root_path):
             raise ConfigError(
                 f"root_path must begin with / and not end with one, got {self.root_path!r}"
@@ -111,5 +114,15 @@ class LinkConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.engine_ca is not None:
+            path = Path(self.engine_ca).expanduser()
+            try:
+                path.read_bytes()
+            except OSError as error:
+                raise ConfigError(
+                    f"engine_ca {self.engine_ca!r} cannot be read ({error.strerror}); give a PEM "
+                    "file that this user can read"
+                ) from error
+            object.__setattr__(self, "engine_ca", str(path))
         if self.engine_api_key is not None and not isinstance(self.engine_api_key, str):
             raise ConfigError("engine_api_key must be text")

@@ -12,8 +12,9 @@ _HEAD = """# Options
 An option is a flag (`--max-model-len`), an environment variable (`QUIRE_MAX_MODEL_LEN`) and, of the
 servers, a key of the YAML file that `--config` names (`max-model-len: 4096`). Flags win over
 variables, and these over the file. A flag of several values may be repeated, or have them with
-commas; behind the model also as several words. This page is generated from `engine/config.py`,
-`serving/config.py`, `serving/http_config.py` and `serving/vllm_flags.py`.
+commas (keys not); behind the model, `quire engine` and `quire serve` also take several words. This
+page is generated from `engine/config.py`, `serving/config.py`, `serving/http_config.py` and
+`serving/vllm_flags.py`.
 """
 
 _ENGINE = """

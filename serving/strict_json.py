@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 from ..engine.errors import RequestError
 
 MAX_DEPTH = 128
+# The decoder keeps everybody waiting: half a second for a prompt of two million token ids.
+MAX_COMMAS = 2 << 20
 _MAX_INT_DIGITS = 4300  # Python's own limit
 
 
@@ -16,6 +18,9 @@ class BadNumber(RequestError):
 
 def read_json(content: bytes | str, what: str) -> Any:
     """The value. what: its name in the RequestError that is raised, without a field."""
+    commas = content.count(b"," if isinstance(content, bytes) else ",")  # type: ignore[arg-type]
+    if commas > MAX_COMMAS:
+        raise RequestError(f"{what} has {commas} commas, at most {MAX_COMMAS} are read; send less")
     try:
         text = content.decode() if isinstance(content, bytes) else content
         value = _DECODER.decode(text)

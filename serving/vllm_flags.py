@@ -35,6 +35,8 @@ _SWITCHES = frozenset(
         "disable_custom_all_reduce",
         "disable_log_requests",
         "disable_log_stats",
+        "disable_uvicorn_access_log",
+        "enable_prompt_tokens_details",
         "enable_auto_tool_choice",
         "enable_chunked_prefill",
         "enable_expert_parallel",
@@ -54,6 +56,10 @@ _NO_TOOLS = "tool calls are not parsed yet"
 
 # Of servers only. name -> why, and what to do
 _REFUSED = {
+    "allow_credentials": "pages of other origins send none",
+    "allowed_headers": "pages of allowed origins may send any",
+    "allowed_methods": "pages of allowed origins may use GET and POST",
+    "num_gpu_blocks_override": "see --kv-cache-memory-bytes",
     "api_server_middleware": "put a reverse proxy in front of the server",
     "middleware": "put a reverse proxy in front of the server",
     "compilation_config": _PLANNED,
@@ -86,6 +92,13 @@ _REFUSED = {
     "cpu_threads": "set XLA_FLAGS, or limit the processors with taskset",
 }
 
+# Of servers only. name -> why nothing is lost
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {
+    "disable_uvicorn_access_log": "accesses are not logged",
+    "enable_prompt_tokens_details": "they are always told",
+    "chat_template_content_format": "templates get texts",
+    "attention_backend": "the implementation is chosen by the platform; see `quire env`",
+}
 # Of servers only. name -> (the values at which it asks for nothing, what to do instead)
 _REFUSED_UNLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "stream_interval": ((1,), "every token is sent when it is there"),
@@ -174,7 +187,7 @@ def flags_of_vllm() -> dict[str, str]:
     return {
         **{spelt(theirs): f"is `{spelt(ours)}`" for theirs, ours in (RENAMED | _ALIASES).items()},
         **{short: f"is `{long}`" for short, long in _SHORT.items()},
-        **{spelt(name): f"no effect: {why}" for name, why in WITHOUT_EFFECT.items()},
+        **{spelt(name): f"no effect: {why}" for name, why in _WITHOUT_EFFECT.items()},
         **{spelt(name): f"refused: {why}" for name, why in _REFUSED.items()},
         **{
             spelt(name): f"refused unless {' or '.join(map(_spelt, harmless))}: {way_out}"
@@ -218,8 +231,8 @@ def _answer(flag: str, name: str, value: str | None, notes: list[str]) -> bool:
         if _read(value) not in harmless:
             raise ConfigError(f"{flag} is not available: {way_out}")
         return True
-    if name in WITHOUT_EFFECT:
-        notes.append(f"{flag} has no effect: {WITHOUT_EFFECT[name]}")
+    if name in _WITHOUT_EFFECT:
+        notes.append(f"{flag} has no effect: {_WITHOUT_EFFECT[name]}")
         return True
     return False
 

@@ -47,8 +47,9 @@ def check_envelope(message: AnyRequest, served: Served) -> None:
             "chat_template_kwargs_json", message.chat_template_kwargs_json, MAX_KWARGS_BYTES
         )
         _check_bytes("tools_json", message.tools_json, MAX_TOOLS_BYTES)
-    elif len(message.token_ids.ids) >= served.limits.max_model_len and not message.HasField(
-        "truncate_prompt_tokens"
+    elif len(message.token_ids.ids) >= served.limits.max_model_len and not (
+        message.truncate_prompt_tokens == -1
+        or 0 < message.truncate_prompt_tokens < served.limits.max_model_len
     ):
         # Here, before all of them are looked at; with the words of the check of those that fit.
         raise ContextExceeded(
@@ -174,7 +175,7 @@ def detokenize(message: inference_pb2.DetokenizeRequest, served: Served) -> str:
     check_model(message.model, served)
     most = served.limits.max_model_len
     if len(message.token_ids) > most:
-        raise RequestError(
+        raise ContextExceeded(
             f"token_ids has {len(message.token_ids)} entries, at most {most} (the model's context) "
             "are allowed; send them in parts",
             field="token_ids",

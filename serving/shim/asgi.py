@@ -1,6 +1,7 @@
-"""The shim for an ASGI server of the user's choice, with options from QUIRE_* variables:
+r"""The shim for an ASGI server of the user's choice, with options from QUIRE_* variables:
 
-    QUIRE_ENGINE=127.0.0.1:50051 granian --interface asgi --factory quire.serving.shim.asgi:make
+    QUIRE_ENGINE=127.0.0.1:50051 QUIRE_ENGINE_API_KEY=… \
+      granian --interface asgi --factory quire.serving.shim.asgi:make
 
 Limits of connections (sizes and times of heads, idle and unread ones) are then that server's.
 """
@@ -44,14 +45,20 @@ class _Served:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
-            return
-        assert self._app is not None, "the server must speak ASGI's lifespan protocol"
-        await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+        else:
+            assert self._app is not None, "the server must speak ASGI's lifespan protocol"
+            await self._app(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()  # lifespan.startup
         ca = None if self._link.engine_ca is None else Path(self._link.engine_ca)
-        engine = Engine(EngineAddress(self._link.engine, self._link.engine_api_key, ca))
+        try:
+            engine = Engine(EngineAddress(self._link.engine, self._link.engine_api_key, ca))
+        except Exception as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
         self._app = make_app(engine, self._http, has_key=self._link.engine_api_key is not None)
         following = asyncio.create_task(engine.run())
         await send({"type": "lifespan.startup.complete"})

@@ -133,6 +133,7 @@ class Engine:
         self._outgoing: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
         self._last_loss = ""
         self.is_connected = False  # whether requests can be submitted
+        self.is_leaving = False  # the engine too may be on its way out
 
     @property
     def num_open(self) -> int:
@@ -238,7 +239,7 @@ class Engine:
             answers._put(number, delta, is_last=False)
 
     def _lose(self, why: str) -> None:
-        if why != self._last_loss:  # not again and again while it is away
+        if why != self._last_loss and not self.is_leaving:  # not again and again while it is away
             logger.warning("there is no stream to the engine: %s", why)
         self._last_loss = why
         for session_id in list(self._answers):

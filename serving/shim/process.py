@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -97,6 +99,7 @@ def _unix_socket(path: Path) -> socket.socket:
                 if other.connect_ex(str(path)) == errno.ECONNREFUSED:
                     path.unlink()
         listening.bind(str(path))
+        listening.listen()  # so that nobody takes it for one that is left over
         path.chmod(0o660)
     except OSError as error:
         listening.close()
@@ -117,6 +120,16 @@ def address_of(listening: socket.socket, scheme: str) -> str:
 
 
 class _Server(uvicorn.Server):
+    """on_stop: called when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_stop()
+        super().handle_exit(sig, frame)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own raises them again at the end, when there is still something to close."""
@@ -141,6 +154,14 @@ async def serve_http(
         has_key=options.engine.key is not None,
         local_host=options.host if options.is_local else None,
     )
+    left_over = _identity(options.http.uds)
+
+    def on_stop() -> None:
+        engine.is_leaving = True
+        # Now, while it is ours: the next one may make its own before we have drained.
+        if left_over is not None and _identity(options.http.uds) == left_over:
+            Path(str(options.http.uds)).unlink()
+
     server = _Server(
         uvicorn.Config(
             app,
@@ -161,7 +182,8 @@ async def serve_http(
             if options.tls and options.tls.ca_certs
             else ssl.CERT_NONE,
             timeout_graceful_shutdown=max(1, round(options.drain_timeout_s)),
-        )
+        ),
+        on_stop,
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its life is the supervisor's to tell
     tasks = [
@@ -177,8 +199,15 @@ async def serve_http(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
-        if options.http.uds is not None:
-            Path(options.http.uds).unlink(missing_ok=True)
+
+
+def _identity(path: str | None) -> tuple[int, int] | None:
+    """Of the file that stands there."""
+    try:
+        found = None if path is None else os.stat(path)
+    except FileNotFoundError:
+        return None
+    return None if found is None else (found.st_dev, found.st_ino)
 
 
 async def _tell_ready(

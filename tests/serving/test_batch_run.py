@@ -130,7 +130,8 @@ def test_bad_lines_are_errors_and_the_rest_is_done(llm: LLM, tmp_path: Path) -> 
     assert errors.keys() == expected.keys()
     for line_id, (line, message, field) in expected.items():
         assert message in errors[line_id]["message"]
-        assert (errors[line_id]["line"], errors[line_id]["type"]) == (line, "RequestError")
+        kind = "ContextExceeded" if line_id == "f" else "RequestError"
+        assert (errors[line_id]["line"], errors[line_id]["type"]) == (line, kind)
         assert errors[line_id]["field"] == field or line_id == "g"
 
 

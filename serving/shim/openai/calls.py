@@ -219,7 +219,9 @@ class Call:
         if self._wants.running_usage:
             payload["usage"] = shapes.running_usage(
                 sum(self._prompt_tokens.values()),
-                sum(len(c.token_ids) for c in self._choices.values()),
+                0
+                if self._wants.only_echo
+                else sum(len(c.token_ids) for c in self._choices.values()),
             )
         return event(payload)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ....protos.quire.v1 import inference_pb2 as pb
 from ..engine import Engine
-from .requests import DEFAULT_MAX_TOKENS, CompletionBody, prompts_of
+from .requests import DEFAULT_MAX_TOKENS, CompletionBody, extend_field, prompts_of, set_field
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class Echoes:
     async def _tokens_of(self, prompt: str | list[int]) -> Any:
         """Of token ids, nothing but the context's length is asked."""
         text = prompt if isinstance(prompt, str) else ""
-        request = pb.TokenizeRequest(model=self._body.model or "", text=text)
+        request = pb.TokenizeRequest()
+        set_field(request, "model", self._body.model or "")
+        set_field(request, "text", text, "prompt")
         if self._body.add_special_tokens is not None:
             request.add_special_tokens = self._body.add_special_tokens
         return await self._engine.call(self._engine.stub.Tokenize, request, self._key)
 
     async def _text_of(self, token_ids: list[int]) -> str:
-        request = pb.DetokenizeRequest(
-            model=self._body.model or "", token_ids=token_ids, skip_special_tokens=False
-        )
+        request = pb.DetokenizeRequest(skip_special_tokens=False)
+        set_field(request, "model", self._body.model or "")
+        extend_field(request.token_ids, "prompt", token_ids)
         found: Any = await self._engine.call(self._engine.stub.Detokenize, request, self._key)
         return str(found.text)

@@ -240,7 +240,7 @@ def completion_requests(
         if isinstance(prompt, str):
             set_field(request, "text", prompt, "prompt")
         else:
-            _extend(request.token_ids.ids, "prompt", prompt)
+            extend_field(request.token_ids.ids, "prompt", prompt)
         _fill(request.sampling_params, body)
         if body.max_tokens is None:
             request.sampling_params.max_tokens = DEFAULT_MAX_TOKENS
@@ -292,9 +292,9 @@ def _fill(params: pb.SamplingParams, body: Sampling) -> None:
     if body.top_k is not None:
         set_field(params, "top_k", 0 if body.top_k == -1 else body.top_k)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    _extend(params.stop, "stop", stops)
+    extend_field(params.stop, "stop", stops)
     for name in _LISTS:
-        _extend(getattr(params, name), name, getattr(body, name) or [])
+        extend_field(getattr(params, name), name, getattr(body, name) or [])
     for key, bias in (body.logit_bias or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) < 11):
             raise HttpError.bad_request(
@@ -317,7 +317,8 @@ def set_field(message: Any, name: str, value: object, param: str | None = None) 
         raise _unfit(param or name, value) from error
 
 
-def _extend(field: Any, name: str, values: list[Any]) -> None:
+def extend_field(field: Any, name: str, values: list[Any]) -> None:
+    """A list of a message. Raises HttpError for what does not fit."""
     try:
         field.extend(values)
     except ValueError as error:

@@ -41,9 +41,10 @@ class OpenAI:
         self, scope: Scope, receive: Receive, reply: Reply, key: str | None
     ) -> None:
         body = self._read(ChatBody, await read_json_object(scope, receive))
-        wants = Wants.of(body, [])
         try:
-            await self._answer((receive, reply), CHAT, body, wants, [chat_request(body)], key)
+            request = chat_request(body)
+            wants = Wants.of(body, [])
+            await self._answer((receive, reply), CHAT, body, wants, [request], key)
         except HttpError as error:
             if body.max_completion_tokens is None:
                 raise

@@ -182,10 +182,22 @@ def test_prompt_that_is_too_long_has_openais_code(front: Run) -> None:
         for answer in (
             await front.complete(prompt="word " * 3000),
             await front.complete(prompt=[5] * 1024),
+            await front.complete(prompt=[5] * 5000, echo=True),
+            await front.complete(prompt="word " * 3000, echo=True),
+            await front.complete(prompt=[5] * 5000, truncate_prompt_tokens=4000),
             await front.chat(messages=[{"role": "user", "content": "word " * 3000}]),
         ):
             assert answer.status_code == 400
             assert error_of(answer)["code"] == "context_length_exceeded"
+
+    front(use)
+
+
+def test_body_of_too_many_values_is_refused_at_once(front: Run) -> None:
+    async def use(front: Front) -> None:
+        answer = await front.complete(prompt=[5] * (3 << 20))
+        assert answer.status_code == 400
+        assert "commas" in error_of(answer)["message"]
 
     front(use)
 
@@ -203,6 +215,8 @@ def test_every_chunk_tells_the_usage_so_far(front: Run) -> None:
                 assert usage["prompt_tokens"] == total["prompt_tokens"]
                 assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
             assert [c["usage"]["completion_tokens"] for c in chunks][-1] == 4
+        only = await front.complete(stream=True, stream_options=asked, echo=True, max_tokens=0)
+        assert {c["usage"]["completion_tokens"] for c in events_of(only.text)} == {0}
 
     front(use)
 

@@ -42,7 +42,12 @@ def local(demo: Engine) -> Iterator[Callable[..., Any]]:
         ({"host": "[::1]:8000"}, 200),
         ({"host": "evil.example:8000"}, 403),
         ({"host": "localhost.evil.example"}, 403),
-        ({"host": "10.0.0.7"}, 403),
+        ({"host": "10.0.0.7"}, 200),  # a page can let a name point here, not an address
+        ({"host": "0.0.0.0:8000"}, 200),
+        ({"host": "localhost."}, 200),
+        ({"host": "LOCALHOST", "origin": "http://localhost"}, 200),
+        ({"origin": "http://["}, 403),
+        ({"origin": ""}, 403),
         ({"host": "[::1"}, 403),
         ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
         ({"host": "localhost:8000", "origin": "http://localhost:3000"}, 403),
@@ -70,7 +75,7 @@ def test_others_are_let_in_where_the_user_says_so(demo: Engine) -> None:
         asks = {
             "origin": PAGE,
             "access-control-request-method": "POST",
-            "access-control-request-headers": "authorization,content-type",
+            "access-control-request-headers": "authorization,content-type,x-stainless-lang",
         }
         preflight = await front.http.options("/v1/chat/completions", headers=asks)
         assert preflight.status_code == 200
@@ -117,8 +122,10 @@ def test_no_page_may_read_what_others_are_told_by_default(demo: Engine) -> None:
 
 def test_path_of_a_proxy_is_taken_off_and_roles_are_named(demo: Engine) -> None:
     async def use(front: Front) -> None:
-        for path in ("/llm/v1/models", "/v1/models", "/llm/", "/llm/health"):
+        for path in ("/llm/v1/models", "/v1/models", "/llm/", "/llm", "/llm/health"):
             assert (await front.http.get(path)).status_code == 200
+        absent = await front.http.get("/llm/v1/embeddings")
+        assert absent.json()["error"]["code"] == "unsupported_route"
         assert (await front.http.get("/llmv1/models")).status_code == 404
         whole = (await front.chat(max_tokens=2)).json()
         assert whole["choices"][0]["message"]["role"] == "bot"
@@ -165,6 +172,8 @@ def test_paths_that_nobody_has_are_just_unknown() -> None:
         (("*",), ("*",)),
         (('["*"]',), ("*",)),
         (('["https://a.b"', '"http://c:1"]'), ("https://a.b", "http://c:1")),
+        (("https://Example.com:443", "http://a:80/"), ("https://example.com", "http://a")),
+        (("http://[::1]:3000", "tauri://localhost"), ("http://[::1]:3000", "tauri://localhost")),
     ],
 )
 def test_origins_may_be_a_json_list(given: tuple[str, ...], kept: tuple[str, ...]) -> None:
@@ -176,6 +185,11 @@ def test_origins_may_be_a_json_list(given: tuple[str, ...], kept: tuple[str, ...
     [
         ({"allowed_origins": ("example.com",)}, "an origin is a scheme"),
         ({"allowed_origins": ("https://a/b",)}, "an origin is a scheme"),
+        ({"allowed_origins": ("https://*.example.com",)}, "an origin is a scheme"),
+        ({"allowed_origins": ("https://user@a",)}, "an origin is a scheme"),
+        ({"allowed_origins": ("https://:5",)}, "an origin is a scheme"),
+        ({"allowed_origins": ("null",)}, "an origin is a scheme"),
+        ({"uds": "a\0b"}, "the path of a socket"),
         ({"allowed_origins": ("[1]",)}, "a JSON list of them"),
         ({"root_path": "llm"}, "must begin with /"),
         ({"root_path": "/"}, "must begin with /"),

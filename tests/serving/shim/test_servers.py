@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from quire.serving.shim.engine import EngineAddress
 from quire.serving.shim.process import ShimOptions, address_of, bound_socket, serve_http
 
 from ..core.cores import WAIT_S
-from ..gateway.gateways import Served, real_core, serve
+from ..gateway.gateways import Served, real_core, serve, until
 from .shims import SUM
 
 CHAT = "/v1/chat/completions"
@@ -55,9 +56,18 @@ def test_unix_socket_serves_and_goes_with_the_server(demo: Engine, folder: Path)
         async with httpx.AsyncClient(transport=transport, base_url="http://any") as client:
             answer = await client.post(CHAT, json=ASKED)
             assert "81" in answer.json()["choices"][0]["message"]["content"]
-        os.kill(os.getpid(), signal.SIGTERM)
+            # One that is told to stop makes room at once, and takes nothing of the next one's.
+            long = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
+            async with client.stream("POST", "/v1/completions", json=long) as answer:
+                parts = answer.aiter_text()
+                await anext(parts)
+                os.kill(os.getpid(), signal.SIGTERM)
+                await until(lambda: not path.exists())
+                other = bound_socket(options)
+                assert [part async for part in parts][-1].endswith("data: [DONE]\n\n")
         await serving
-        assert not path.exists()
+        assert path.is_socket()
+        other.close()
 
     serve(real_core(demo), use, engine={"model": None})
 
@@ -114,3 +124,32 @@ def test_other_servers_need_a_key_or_the_users_word(monkeypatch: pytest.MonkeyPa
         asgi.make()
     monkeypatch.setenv("QUIRE_ENGINE_API_KEY", "k")
     assert callable(asgi.make())
+    monkeypatch.setenv("QUIRE_ENGINE_CA", "/nonexistent.pem")
+    with pytest.raises(ConfigError, match=r"nonexistent\.pem. cannot be read"):
+        asgi.make()
+
+
+def test_other_server_is_told_that_the_start_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from quire.serving.shim import asgi
+
+    ca = tmp_path / "ca.pem"
+    ca.write_text("no certificate")
+    monkeypatch.setenv("QUIRE_ENGINE_API_KEY", "k")
+    monkeypatch.setenv("QUIRE_ENGINE_CA", str(ca))
+
+    def broken(_: object) -> None:
+        raise ValueError("no certificate")
+
+    monkeypatch.setattr(asgi, "Engine", broken)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(asgi.make()({"type": "lifespan"}, receive, send))
+    assert sent == [{"type": "lifespan.startup.failed", "message": "no certificate"}]
