@@ -60,7 +60,7 @@ _PROMPT_LOGPROBS = _list_of(
 )
 
 _BYTE: Schema = {"type": "integer", "minimum": 0, "maximum": 255}
-_CHAT_TOKEN: Schema = {"token": TEXT, "logprob": _LOGPROB, "bytes": _list_of(_BYTE)}
+_CHAT_TOKEN: Schema = {"token": TEXT, "logprob": _LOGPROB, "bytes": _or_null(_list_of(_BYTE))}
 _CHAT_LOGPROBS = closed(
     {
         "content": _list_of(closed(_CHAT_TOKEN | {"top_logprobs": _list_of(closed(_CHAT_TOKEN))})),
