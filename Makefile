@@ -22,6 +22,7 @@ examples: node .venv/installed .venv-examples/installed examples/typescript/node
 # Programs that others wrote, in front of `quire serve`; their packages are not quire's.
 clients: node .venv/installed .venv-clients/installed examples/clients/node_modules/.package-lock.json
 	$(BIN)/python examples/run_clients.py
+	$(BIN)/python examples/run_schema.py
 
 node:
 	@node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' 2>/dev/null && npm --version >/dev/null 2>&1 || \

@@ -41,15 +41,19 @@ def server(verb: str, log: Path, key: str, *flags: str) -> Iterator[dict[str, st
 
 def run_client(command: Sequence[str], environment: Mapping[str, str]) -> Ran:
     """A client, which knows of servers and keys only what it is given here."""
-    inherited = {name: v for name, v in os.environ.items() if name not in _OF_CLIENTS}
     return subprocess.run(
         command,
-        env=inherited | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | environment,
+        env=environment_of_client() | environment,
         capture_output=True,
         text=True,
         timeout=CLIENT_TIMEOUT_S,
         check=False,
     )
+
+
+def environment_of_client() -> dict[str, str]:
+    inherited = {name: v for name, v in os.environ.items() if name not in _OF_CLIENTS}
+    return inherited | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
 def show(name: str, ran: Ran) -> None:

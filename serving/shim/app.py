@@ -21,7 +21,7 @@ from ..http_config import HttpConfig
 from ..keys import bearer_key
 from .absent import no_route
 from .engine import Engine
-from .http import ClientGone, Receive, Reply, Scope, Send, header
+from .http import REQUEST_ID, ClientGone, Receive, Reply, Scope, Send, header
 from .openai.answers import DONE, event
 from .openai.errors import HttpError
 from .openai.routes import OpenAI
@@ -47,7 +47,7 @@ _AWAY = "the engine is starting, stopping or gone; try again in a second"
 _KNOWN_S, _MAX_KNOWN_KEYS = 60.0, 1024
 _HEAD = ("HEAD", "GET")
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(REQUEST_ID)
 
 
 def make_app(
@@ -58,12 +58,13 @@ def make_app(
     has_key: the engine wants keys, so a call without one is refused here. local_host: everybody on
     this machine may call, at this host, but no web page from elsewhere.
     """
+    refuses_unknown = http.unknown_fields == "refuse"
     openai = OpenAI(
         engine,
-        refuses_unknown=http.unknown_fields == "refuse",
+        refuses_unknown=refuses_unknown,
         response_role=http.response_role,
     )
-    server = ServerRoutes(engine)
+    server = ServerRoutes(engine, refuses_unknown=refuses_unknown)
     page = Page()
     keys = Keys(engine) if has_key else None
 

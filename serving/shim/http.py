@@ -18,6 +18,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MAX_BODY_BYTES = 32 << 20
+# A pattern of the header X-Request-Id.
+REQUEST_ID = r"[\x21-\x7e]{1,128}"
 # From the head of a request to the end of its body.
 BODY_TIMEOUT_S = 60.0
 

@@ -28,6 +28,7 @@ class Page:
                 405,
                 f"{scope['path'][:200]} takes GET, not {scope['method'][:20]}",
                 type="invalid_request_error",
+                headers={"allow": "GET"},
             )
         if _wants_html(scope):
             await _html(reply, self._front)

@@ -21,8 +21,9 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class ServerRoutes:
     """Handlers, each for one route."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, refuses_unknown: bool = True) -> None:
         self._engine = engine
+        self._refuses_unknown = refuses_unknown
 
     async def health(self, _: Scope, __: Receive, reply: Reply, ___: str | None) -> None:
         """200 exactly when the engine serves."""
@@ -42,7 +43,7 @@ class ServerRoutes:
         await reply.raw(found.text.encode(), _METRICS_TYPE)
 
     async def openapi(self, _: Scope, __: Receive, reply: Reply, ___: str | None) -> None:
-        await reply.json(document())
+        await reply.json(document(refuses_unknown=self._refuses_unknown))
 
     async def tokenize(self, scope: Scope, receive: Receive, reply: Reply, key: str | None) -> None:
         """vLLM's {prompt} or {messages}."""
@@ -56,13 +57,14 @@ class ServerRoutes:
             raise HttpError.bad_request(
                 "send either prompt or messages", param="prompt", code="invalid_value"
             )
+        adds_special_tokens = _flag(body, "add_special_tokens", True)
+        opens_turn = _flag(body, "add_generation_prompt", True)
         if prompt is not None:
             set_field(request, "text", prompt, "prompt")
-            request.add_special_tokens = _flag(body, "add_special_tokens", True)
+            request.add_special_tokens = adds_special_tokens
         else:
             for index, one in enumerate(_objects(body, "messages")):
                 request.chat.messages.append(message_of(one, index))
-            opens_turn = _flag(body, "add_generation_prompt", True)
             request.chat.add_generation_prompt = opens_turn
         found = await self._engine.call(self._engine.stub.Tokenize, request, key)
         tokens = list(found.token_ids)

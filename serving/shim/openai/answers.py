@@ -21,7 +21,7 @@ _REASONS = {
     pb.FINISH_REASON_ABORT: "abort",
     pb.FINISH_REASON_ERROR: "error",
 }
-_LEAST_LOGPROB = -9999.0
+LEAST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
 
 
@@ -181,4 +181,4 @@ def _token_text(one: pb.TokenLogprob, as_ids: bool) -> str:
 
 
 def _clamped(logprob: float) -> float:
-    return max(logprob, _LEAST_LOGPROB)
+    return max(logprob, LEAST_LOGPROB)

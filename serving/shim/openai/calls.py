@@ -70,7 +70,7 @@ class _Choice:
     token_ids: list[int] = field(default_factory=list)
     positions: list[pb.PositionLogprobs] = field(default_factory=list)
     last: pb.GenerateDelta | None = None
-    num_characters: int = 0
+    text_offset: int = 0  # of the next token: where it would be if each were a text of its own
     splicer: Splicer | None = None
     has_begun: bool = False
 
@@ -135,7 +135,7 @@ class Call:
                 made["prompt_logprobs"] = shapes.prompt_logprobs(self._prompt_logprobs[number])
         made |= self._ending(choice.last, logprobs)
         if self._wants.token_ids:
-            made["token_ids"] = choice.token_ids
+            made["token_ids"] = [] if self._wants.only_echo else choice.token_ids
         return made
 
     # Streamed
@@ -172,10 +172,10 @@ class Call:
         made = b"" if choice.has_begun else self._beginning(number, choice, delta)
         if choice.splicer is not None and delta.text and not delta.finish_reason:
             return made + choice.splicer.chunk(delta.text)
-        choice.token_ids += delta.token_ids
         if self._wants.only_echo:
-            delta.ClearField("text")
-            delta.ClearField("logprobs")
+            for name in ("text", "token_ids", "logprobs"):
+                delta.ClearField(name)
+        choice.token_ids += delta.token_ids
         if delta.text or delta.logprobs or (self._wants.token_ids and delta.token_ids):
             made += self._text_chunk(choice, delta)
         self._note(number, choice, delta)
@@ -198,15 +198,16 @@ class Call:
         if not wants.echoes:
             return b""
         text, logprobs = self._echoed(choice, "", None)
-        choice.num_characters = len(text)
+        choice.text_offset = len(text)
         return self._chunk(choice, {"text": text, "logprobs": logprobs})
 
     def _text_chunk(self, choice: _Choice, delta: pb.GenerateDelta) -> bytes:
         is_chat = self._head.shape.is_chat
         said: JsonObject = {"delta": {"content": delta.text}} if is_chat else {"text": delta.text}
         if self._wants.has_logprobs:
-            said["logprobs"] = self._logprobs(delta.logprobs, choice.num_characters)
-        choice.num_characters += len(delta.text)
+            said["logprobs"] = self._logprobs(delta.logprobs, choice.text_offset)
+        # Not by the text that is sent: that of a part of a character comes with a later token.
+        choice.text_offset += sum(len(p.tokens[0].text) for p in delta.logprobs)
         if self._wants.token_ids:
             said["token_ids"] = list(delta.token_ids)
         return self._chunk(choice, said)

@@ -6,7 +6,7 @@ because it changes nothing, refused because it would, and everything else is unk
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import HttpError
@@ -14,29 +14,24 @@ from .errors import HttpError
 logger = logging.getLogger(__name__)
 
 
-def _anything(_: Any) -> bool:
-    return True
+# What asks for nothing, whatever the field.
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
-
-def _is(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: any(type(value) is type(one) and value == one for one in values)
-
-
-# name -> for which values nothing is lost
-ACCEPTED: dict[str, Callable[[Any], bool]] = {
-    "user": _anything,
-    "metadata": _anything,
-    "store": _is(False),
-    "service_tier": _anything,
-    "safety_identifier": _anything,
-    "prompt_cache_key": _anything,
-    "verbosity": _anything,
-    "parallel_tool_calls": _anything,
-    "tool_choice": _is("none"),
-    "spaces_between_special_tokens": _is(True),
-    "truncation_side": _is("left"),
-    "modalities": _is(["text"]),
-    "response_format": _is({"type": "text"}),
+# name -> the values with which nothing is lost; None is any.
+ACCEPTED: dict[str, tuple[Any, ...] | None] = {
+    "user": None,
+    "metadata": None,
+    "store": (False,),
+    "service_tier": None,
+    "safety_identifier": None,
+    "prompt_cache_key": None,
+    "verbosity": None,
+    "parallel_tool_calls": None,
+    "tool_choice": ("none",),
+    "spaces_between_special_tokens": (True,),
+    "truncation_side": ("left",),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
 }
 
 _SCHEMAS = "constrained output is not available yet; ask for the format in the prompt"
@@ -44,7 +39,7 @@ _TOOLS = "tool calls are not parsed yet; describe the tools in a message and rea
 _TEMPLATE = "the server's own chat template is used; start it with --chat-template for another"
 _BEAMS = "beam search is not available; use n with a temperature above 0"
 
-# name -> what to do instead. null, empty and false ask for nothing.
+# name -> what to do instead.
 REFUSED: dict[str, str] = {
     "tools": _TOOLS,
     "tool_choice": _TOOLS,
@@ -84,10 +79,10 @@ REFUSED: dict[str, str] = {
 def check_rest(rest: Mapping[str, Any], honoured: Iterable[str], *, refuses_unknown: bool) -> None:
     """rest: the fields that the model does not have. Raises HttpError."""
     for name, value in rest.items():
-        if name in ACCEPTED and ACCEPTED[name](value):
+        if name in ACCEPTED and _is_one_of(value, ACCEPTED[name]):
             continue
         if name in REFUSED:
-            if value is None or value is False or value in ("", [], {}):
+            if _is_one_of(value, NOTHING):
                 continue
             raise HttpError.bad_request(
                 f"{name} is not honoured: {REFUSED[name]}",
@@ -107,3 +102,8 @@ def check_rest(rest: Mapping[str, Any], honoured: Iterable[str], *, refuses_unkn
         if refuses_unknown:
             raise HttpError.bad_request(message, param=name[:80], code="unknown_parameter")
         logger.warning("%s; it is passed over", message)
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...] | None) -> bool:
+    """1 is not true, as it is to Python."""
+    return values is None or any(type(value) is type(one) and value == one for one in values)

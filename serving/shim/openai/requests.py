@@ -7,36 +7,15 @@ import json
 import reprlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ....protos.quire.v1 import inference_pb2 as pb
+from . import kinds
 from .errors import HttpError
+from .examples import CHAT_EXAMPLES, COMPLETION_EXAMPLES
+from .kinds import FirstError, JsonObject
 
 _I64 = 2**63
-
-JsonObject = dict[str, Any]
-
-
-class _FirstError(FailFast):
-    """One error is enough: a list of millions would give millions."""
-
-    def __hash__(self) -> int:
-        """FailFast has none, so a union could not hold it."""
-        return 0
-
-
-Ids = Annotated[list[int], _FirstError()]
-Texts = Annotated[list[str], _FirstError()]
-Objects = Annotated[list[JsonObject], _FirstError()]
-
-_PROMPT_SCHEMA: JsonObject = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-    ]
-}
 
 
 class StreamOptions(BaseModel):
@@ -61,54 +40,58 @@ class Sampling(BaseModel):
     model: str | None = Field(None, description="a served name; any if not given")
     stream: bool | None = Field(None, description="server-sent events as the answer is made")
     stream_options: StreamOptions | None = Field(None, description="of a streamed answer")
-    max_tokens: int | None = Field(None, description="most tokens of the answer")
-    temperature: float | None = Field(None, description="0 (greedy) to 2")
-    top_p: float | None = Field(
+    max_tokens: kinds.Count | None = Field(
+        None, description="most tokens of the answer; 0 with echo"
+    )
+    temperature: kinds.Temperature | None = Field(None, description="0 (greedy) to 2")
+    top_p: kinds.PositiveShare | None = Field(
         None, description="over 0, to 1; the likeliest tokens that sum up to it"
     )
-    top_k: int | None = Field(None, description="0 and -1 are off")
-    min_p: float | None = Field(
+    top_k: kinds.TopK | None = Field(None, description="0 and -1 are off")
+    min_p: kinds.Share | None = Field(
         None, description="0 to 1; least probability, as a share of the likeliest token's"
     )
-    n: int | None = Field(None, description="answers to make, 1 to 64")
-    stop: str | Texts | None = Field(
+    n: kinds.NumAnswers | None = Field(None, description="answers to make, 1 to 64")
+    stop: kinds.SomeText | kinds.Stops | None = Field(
         None, description="at most 4 texts that end the answer, and are not part of it"
     )
-    stop_token_ids: Ids | None = Field(None, description="token ids that end the answer")
+    stop_token_ids: kinds.StopIds | None = Field(None, description="token ids that end the answer")
     include_stop_str_in_output: bool | None = Field(
         None, description="keep the text that ended the answer"
     )
     ignore_eos: bool | None = Field(None, description="go on after the end-of-sequence token")
-    min_tokens: int | None = Field(None, description="least tokens of the answer")
-    presence_penalty: float | None = Field(
+    min_tokens: kinds.Count | None = Field(None, description="least tokens of the answer")
+    presence_penalty: kinds.Penalty | None = Field(
         None, description="-2 to 2, of tokens that are in the answer already"
     )
-    frequency_penalty: float | None = Field(None, description="-2 to 2, of each time that they are")
-    repetition_penalty: float | None = Field(
-        None, description="over 0, to 2; 1 is off; of tokens of prompt and answer"
+    frequency_penalty: kinds.Penalty | None = Field(
+        None, description="-2 to 2, of each time that they are"
     )
-    logit_bias: dict[str, float] | None = Field(
-        None, max_length=1024, description="token id -> -100 to 100, added to its logit"
+    repetition_penalty: kinds.Positive | None = Field(
+        None, description="over 0; 1 is off; of tokens of prompt and answer"
     )
-    prompt_logprobs: int | None = Field(
+    logit_bias: kinds.Biases | None = Field(
+        None, description="token id -> -100 to 100, added to its logit"
+    )
+    prompt_logprobs: kinds.MinusOneOrMore | None = Field(
         None,
         description="how many of the likeliest tokens to tell at each of the prompt's positions",
     )
     seed: int | None = Field(
         None, ge=-_I64, le=_I64 - 1, description="the same answer every time; drawn if not given"
     )
-    allowed_token_ids: Ids | None = Field(None, description="only these may be sampled")
-    bad_words: Texts | None = Field(None, description="texts that must not be completed")
+    allowed_token_ids: kinds.SomeIds | None = Field(None, description="only these may be sampled")
+    bad_words: kinds.BadWords | None = Field(None, description="texts that must not be completed")
     skip_special_tokens: bool | None = Field(
         None, description="leave special tokens out of the text; true by default"
     )
     add_special_tokens: bool | None = Field(
         None, description="of the tokenizer; by default true for prompts, false for conversations"
     )
-    truncate_prompt_tokens: int | None = Field(
+    truncate_prompt_tokens: kinds.NumKept | None = Field(
         None, description="most tokens of the prompt, the last ones; -1 is what fits"
     )
-    priority: int | None = Field(
+    priority: kinds.Priority | None = Field(
         None, description="lower goes first, with --scheduling-policy priority"
     )
     request_id: str | None = Field(
@@ -131,21 +114,24 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: str = Field(min_length=1)
-    content: str | Objects | None = None
+    content: str | kinds.Parts | None = None
     name: str | None = None
-    tool_calls: Objects | None = None
+    tool_calls: kinds.Objects | None = None
     tool_call_id: str | None = None
 
 
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], _FirstError()] = Field(
+    model_config = ConfigDict(json_schema_extra={"examples": CHAT_EXAMPLES})
+
+    messages: Annotated[list[Message], FirstError()] = Field(
         min_length=1, max_length=4096, description="the conversation so far"
     )
-    max_completion_tokens: int | None = Field(None, description="wins over max_tokens")
+    max_tokens: kinds.AtLeastOne | None = Field(None, description="most tokens of the answer")
+    max_completion_tokens: kinds.AtLeastOne | None = Field(None, description="wins over max_tokens")
     logprobs: bool | None = Field(None, description="of the answer's tokens")
-    top_logprobs: int | None = Field(
+    top_logprobs: kinds.MinusOneOrMore | None = Field(
         None, description="how many of the likeliest tokens to tell, with logprobs"
     )
     echo: bool | None = Field(
@@ -165,11 +151,10 @@ class ChatBody(Sampling):
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
-    # Checked in prompts_of(): pydantic would make an error of each item of a list of millions.
-    prompt: Any = Field(
-        json_schema_extra=_PROMPT_SCHEMA, description="a text, token ids, or a list of either"
-    )
-    logprobs: int | None = Field(
+    model_config = ConfigDict(json_schema_extra={"examples": COMPLETION_EXAMPLES})
+
+    prompt: kinds.Prompt = Field(description="a text, token ids, or a list of either")
+    logprobs: kinds.MinusOneOrMore | None = Field(
         None, description="how many of the likeliest tokens to tell at each position"
     )
     echo: bool | None = Field(None, description="the prompt before the answer")
@@ -291,6 +276,14 @@ def _fill(params: pb.SamplingParams, body: Sampling) -> None:
             set_field(params, name, value)
     if body.top_k is not None:
         set_field(params, "top_k", 0 if body.top_k == -1 else body.top_k)
+    if body.allowed_token_ids == []:
+        # quire.v1 has no word for it: there an empty list is an unset one.
+        raise HttpError.bad_request(
+            "allowed_token_ids is empty, so no token could be chosen; list at least one id or "
+            "leave it out",
+            param="allowed_token_ids",
+            code="invalid_value",
+        )
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     extend_field(params.stop, "stop", stops)
     for name in _LISTS:
