@@ -5,6 +5,8 @@ refuses or renames, the file does too. Flags and variables win over it.
 """
 
 import argparse
+import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..engine.errors import ConfigError
-from .flags import FALSE, TRUE, Collect, Parser, given_options, is_secret
+from .flags import FALSE, TRUE, Collect, Parser, given_options, is_secret, variable_of
 from .vllm_flags import is_switch, our_flag
 
 
@@ -22,6 +24,7 @@ class Given:
     def __init__(self, arguments: argparse.Namespace, parser: Parser) -> None:
         """parser: of the verb. Raises ConfigError; SystemExit for a key that is no flag."""
         self._arguments = arguments
+        self.sources: dict[str, str] = {}  # option -> variable or file, of those that are no flags
         self._file = argparse.Namespace()
         if (path := getattr(arguments, "config", None)) is not None:
             words = _as_flags(path, parser.flags)
@@ -30,7 +33,14 @@ class Given:
 
     def of(self, config: type) -> dict[str, Any]:
         """Field -> value. Raises ConfigError."""
-        return given_options(self._file, config, {}) | given_options(self._arguments, config)
+        options = given_options(self._arguments, config)
+        of_file = given_options(self._file, config, {})
+        for field in dataclasses.fields(config):
+            if field.name not in options and field.name in of_file:
+                self.sources[field.name] = str(self._arguments.config)
+            elif field.name in options and not hasattr(self._arguments, field.name):
+                self.sources[field.name] = str(variable_of(field, os.environ))
+        return of_file | options
 
 
 def add_config_flag(parser: Parser) -> None:

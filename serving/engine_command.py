@@ -1,6 +1,7 @@
 """`quire engine` and `quire serve`: their flags, and what is checked before a process starts."""
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from .config_file import Given, add_config_flag
 from .flags import add_flags
 from .http_config import HttpConfig
 from .say import say
-from .vllm_flags import translate_flags
+from .vllm_flags import VARIABLES_WITHOUT_EFFECT, translate_flags
 
 
 def add_engine(verbs: Any) -> None:
@@ -64,6 +65,7 @@ def _run(given: Given, *, with_http: bool) -> int:
     config = ServeConfig(**serve)
     keys = read_keys(config)
     check_bind(config, keys)
+    _say_sources(given.sources)
 
     from .supervisor.command import Front, run_engine
     from .supervisor.supervisor import Limits
@@ -80,6 +82,17 @@ def _run(given: Given, *, with_http: bool) -> int:
             fronts.append(Front(name, _python("shim"), shim, is_pinged=True))
     limits = Limits(step_timeout_s=config.step_timeout, drain_timeout_s=config.drain_timeout)
     return run_engine(engine, fronts, limits)
+
+
+def _say_sources(sources: Mapping[str, str]) -> None:
+    """Where options are from that stand on no command line. Not their values: some are keys."""
+    if sources:
+        say("from elsewhere: " + ", ".join(f"{name} ({at})" for name, at in sources.items()))
+    for name, why in VARIABLES_WITHOUT_EFFECT.items():
+        if os.environ.get(name, "") not in ("", "0"):
+            say(f"{name} has no effect: {why}")
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _python(process: str) -> tuple[str, ...]:

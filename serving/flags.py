@@ -107,23 +107,23 @@ def given_options(
         if hasattr(arguments, field.name):
             options[field.name] = getattr(arguments, field.name)
             continue
-        variables = [f"QUIRE_{field.name.upper()}"]
-        if fallback := field.metadata.get("fallback"):
-            variables.append(fallback)
-        # An empty variable is how scripts spell none; an empty key would be no key at all.
-        is_secret = field.metadata.get("is_secret")
-        there = [
-            name
-            for name in variables
-            if environment.get(name) or (is_secret and name in environment)
-        ]
-        variable = next(iter(there), None)
+        variable = variable_of(field, environment)
         if variable is not None:
             try:
                 options[field.name] = _reader(field, hints[field.name])(environment[variable])
             except argparse.ArgumentTypeError as error:
                 raise ConfigError(f"the variable {variable}: {error}") from error
     return options
+
+
+def variable_of(field: dataclasses.Field[Any], environment: Mapping[str, str]) -> str | None:
+    """The variable that gives the field, if one does."""
+    names = [f"QUIRE_{field.name.upper()}"]
+    if fallback := field.metadata.get("fallback"):
+        names.append(fallback)
+    # An empty variable is how scripts spell none; an empty key would be no key at all.
+    is_secret = field.metadata.get("is_secret")
+    return next((n for n in names if environment.get(n) or (is_secret and n in environment)), None)
 
 
 class Collect(argparse.Action):

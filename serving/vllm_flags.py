@@ -106,6 +106,12 @@ _REFUSED_UNLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_scheduler_steps": ((1,), _AHEAD),
     "swap_space": ((0,), "pages are not moved to the host; preempted requests are recomputed"),
 }
+# Variables of theirs -> why they are not read
+VARIABLES_WITHOUT_EFFECT = {
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "a context over the model's is refused",
+    "VLLM_CACHE_ROOT": "compiled programs are kept in --cache-dir",
+}
+
 _CONDITIONAL = REFUSED | _REFUSED_UNLESS
 # A flag of ours and a value of theirs -> why it is gone
 _GONE_VALUES = {

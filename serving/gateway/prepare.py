@@ -156,7 +156,8 @@ def tokenize(message: inference_pb2.TokenizeRequest, served: Served) -> tuple[in
         return tuple(served.files.tokenizer.encode("", adds))
     text, adds_special_tokens = message.text, _true_unless_set(message, "add_special_tokens")
     if kind == "chat":
-        text, adds_special_tokens = render(message.chat, served.files), False
+        text = render(message.chat, served.files)
+        adds_special_tokens = message.chat.add_special_tokens
     try:
         return check_text_request(
             text,

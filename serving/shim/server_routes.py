@@ -57,7 +57,8 @@ class ServerRoutes:
             raise HttpError.bad_request(
                 "send either prompt or messages", param="prompt", code="invalid_value"
             )
-        adds_special_tokens = _flag(body, "add_special_tokens", True)
+        # Templates write them.
+        adds_special_tokens = _flag(body, "add_special_tokens", prompt is not None)
         opens_turn = _flag(body, "add_generation_prompt", True)
         if prompt is not None:
             set_field(request, "text", prompt, "prompt")
@@ -66,6 +67,7 @@ class ServerRoutes:
             for index, one in enumerate(_objects(body, "messages")):
                 request.chat.messages.append(message_of(one, index))
             request.chat.add_generation_prompt = opens_turn
+            request.chat.add_special_tokens = adds_special_tokens
         found = await self._engine.call(self._engine.stub.Tokenize, request, key)
         tokens = list(found.token_ids)
         texts = None

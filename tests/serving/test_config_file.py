@@ -153,6 +153,26 @@ def test_key_is_not_shown_when_the_file_is_wrong(
     assert "sesame" not in said
 
 
+def test_options_that_stand_on_no_command_line_are_told_and_keys_are_not(
+    started: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    path = written(tmp_path, "max-num-seqs: 4\nseed: 1\n")
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    monkeypatch.setenv("QUIRE_SEED", "2")
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    assert cli.main(["engine", "--config", path, "--page-size", "8"]) == 0
+    said = capsys.readouterr().err
+    begins, _, told = said.splitlines()[0].partition(": from elsewhere: ")
+    assert begins == "quire"
+    expected = {f"max_num_seqs ({path})", "seed (QUIRE_SEED)", "api_key (VLLM_API_KEY)"}
+    assert set(told.split(", ")) == expected
+    assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN has no effect" in said
+    assert "sesame" not in said
+
+
 def test_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["serve", "--config", "/nonexistent.yaml"]) == 2
     assert "/nonexistent.yaml cannot be read" in capsys.readouterr().err

@@ -96,6 +96,9 @@ def test_special_tokens_are_the_callers_choice() -> None:
         chat = await ask(g, pb.ChatRequest, messages=CHAT)
         more = await ask(g, pb.ChatRequest, messages=CHAT, add_special_tokens=True)
         assert list(more.prompt_token_ids) == [ids[1][0], *chat.prompt_token_ids]
+        for adds, answer in ((False, chat), (True, more)):
+            asked = pb.ChatRequest(messages=CHAT, add_special_tokens=adds)
+            assert await ids_of(g, chat=asked) == list(answer.prompt_token_ids)
 
     model = {"model": str(REFERENCE / "llama2_mha")}
     with started_engine(**model) as engine, stage(real_core(engine), engine=model) as run:
