@@ -10,12 +10,9 @@ import grpc
 import numpy as np
 import pytest
 from quire.engine.core_io import PositionLogprobs, StepOutput
-from quire.engine.errors import Overloaded
 from quire.engine.request import FinishReason
 from quire.protos.quire.v1 import inference_pb2 as pb
 from quire.serving.gateway import intake, outbox
-from quire.serving.gateway.metrics import GatewayMetrics
-from quire.serving.gateway.waiting import Waiting, WaitingLimits
 
 from .gateways import ScriptedCore, Served, SessionClient, hear, serve, status_of, submits, until
 
@@ -148,20 +145,6 @@ def test_delay_follows_from_how_many_start() -> None:
         assert after.retry_after_s == pytest.approx(10 * 2 / 19)  # a tenth of 20, at 19 in 10 s
 
     serve(core.opened, use, max_num_queued_reqs=20)
-
-
-def test_delay_grows_while_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [1000.0]
-    monkeypatch.setattr("quire.serving.gateway.waiting.time.monotonic", lambda: clock[-1])
-    waiting_now = Waiting(WaitingLimits(1, 100), GatewayMetrics("m"))
-    waiting_now.enter(1, 1)
-    told = []
-    for now in (1000.0, 1003.0, 1100.0):
-        clock.append(now)
-        with pytest.raises(Overloaded) as refused:
-            waiting_now.enter(1, 1)
-        told.append(refused.value.retry_after_s)
-    assert told == [1.0, 3.0, 10.0]
 
 
 async def refused_in_prepare(g: Served, core: ScriptedCore) -> None:
