@@ -63,6 +63,7 @@ async def main() -> None:
             "http": {"port": 0},
             "serve": {"log_level": "warning"},
             "front_socket": str(socket),
+            "ping_socket": str(Path(folder) / "ping.sock"),
             "secret": "00" * 32,
         }
         command = (sys.executable, "-P", "-m", "quire.serving.shim")
