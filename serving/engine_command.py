@@ -86,8 +86,10 @@ def _run(given: Given, *, with_http: bool) -> int:
 
 def _say_sources(sources: Mapping[str, str]) -> None:
     """Where options are from that stand on no command line. Not their values: some are keys."""
-    if sources:
-        say("from elsewhere: " + ", ".join(f"{name} ({at})" for name, at in sources.items()))
+    # Where programs are kept changes nothing of what is served.
+    told = [f"{name} ({at})" for name, at in sources.items() if name != "cache_dir"]
+    if told:
+        say("from elsewhere: " + ", ".join(told))
     for name, why in VARIABLES_WITHOUT_EFFECT.items():
         if os.environ.get(name, "") not in ("", "0"):
             say(f"{name} has no effect: {why}")
