@@ -50,6 +50,7 @@ async def gateway(step_ms: float) -> AsyncIterator[tuple[str, int]]:
             "serve": {"grpc_port": 0},
             "core_socket": str(socket),
             "front_socket": str(Path(folder) / "gateway.sock"),
+            "ping_socket": str(Path(folder) / "ping.sock"),
             "secret": "00" * 32,
         }
         command = (sys.executable, "-P", "-m", "quire.serving.gateway")

@@ -73,13 +73,13 @@ def _run(given: Given, *, with_http: bool) -> int:
     # The file is read once: the keys stay those that were checked here.
     serve = {k: v for k, v in serve.items() if k != "api_key_file"} | {"api_key": keys}
     options = {"engine": engine, "serve": serve}
-    fronts = [Front("gateway", _python("gateway"), options, has_socket=True)]
+    fronts = [Front("gateway", _python("gateway"), options)]
     if http is not None:
         count = HttpConfig(**http).api_server_count
         for number in range(1, count + 1):
             name = "shim" if count == 1 else f"shim {number}"
             shim = {"http": http, "serve": serve}
-            fronts.append(Front(name, _python("shim"), shim, is_pinged=True))
+            fronts.append(Front(name, _python("shim"), shim))
     limits = Limits(step_timeout_s=config.step_timeout, drain_timeout_s=config.drain_timeout)
     return run_engine(engine, fronts, limits)
 

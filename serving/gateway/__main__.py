@@ -1,8 +1,8 @@
 """The gateway process: `python -m quire.serving.gateway --channel FD`, started by a supervisor.
 
 The first message of the channel brings its options: {"engine": {…}, "serve": {…}, "core_socket":
-path, "front_socket": path, "secret": hex}. It answers "ready" with its address once it serves, or
-"refused" and exit code 2. SIGTERM drains it; it does not outlive its supervisor.
+path, "front_socket": path, "ping_socket": path, "secret": hex}. It answers "ready" with its address
+once it serves, or "refused" and exit code 2. SIGTERM drains it; it does not outlive its supervisor.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from ...engine.errors import UsageError
 from .. import collector, malloc
 from ..logs import configure_logs
 from ..supervisor.channel import Channel, Message, channel_of
+from ..supervisor.ping import answering_pings
 
 # So that the event loop does not wait long for a thread that renders or checks a prompt.
 _SWITCH_INTERVAL_S = 0.0005
@@ -37,6 +38,11 @@ def main() -> int:
 
 
 async def _serve(options: Message, channel: Channel) -> int:
+    async with answering_pings(Path(options["ping_socket"])):
+        return await _serve_until_stopped(options, channel)
+
+
+async def _serve_until_stopped(options: Message, channel: Channel) -> int:
     from .gateway import Gateway, GatewayOptions
 
     stopped = asyncio.Event()

@@ -210,7 +210,7 @@ class Engine:
         self._outgoing = outgoing
         call = self.stub.Session(metadata=_metadata(self._key))
         await call.initial_metadata()  # sent once the engine has taken the call
-        self.is_connected = True
+        self.is_connected = not call.done()  # it comes of a call that failed, too
         writing = asyncio.create_task(_write(call, outgoing))
         try:
             async for message in call:

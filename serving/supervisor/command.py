@@ -4,14 +4,11 @@ import asyncio
 import os
 import secrets
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ...engine.config import EngineConfig
 from ..core_client.client import CoreClient
@@ -25,15 +22,13 @@ from .supervisor import Limits, Supervisor
 @dataclass(frozen=True)
 class Front:
     """A process in front of the core: the gateway, or one in front of that. Its first message is
-    `options` and besides {"core_socket": path, "front_socket": path, "secret": hex}; the second
-    socket is the gateway's.
+    `options` and besides {"core_socket": path, "front_socket": path, "ping_socket": path, "secret":
+    hex}; the second socket is the gateway's, the third its own, where it answers pings.
     """
 
     name: str
     command: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    has_socket: bool = False  # it makes the front socket, and answers there
-    is_pinged: bool = False  # it makes a socket at its option ping_socket, and answers there
 
 
 def run_engine(
@@ -80,29 +75,17 @@ async def _run(
         "front_socket": str(folder / "gateway.sock"),
         "secret": secret,
     }
-    gateway = grpc.aio.insecure_channel(f"unix:{shared['front_socket']}")
-    health: Any = health_pb2_grpc.HealthStub(gateway)
-
-    async def why_gateway_is_stuck() -> None:
-        # Whatever it answers, it moves; what it says is for others.
-        await health.Check(health_pb2.HealthCheckRequest(), timeout=limits.step_timeout_s)
-
     children = [core]
     for number, front in enumerate(fronts):
-        options = {**front.options, **shared}
-        ask: Callable[[], Awaitable[None]] | None = None
-        if front.has_socket:
-            ask = why_gateway_is_stuck
-        elif front.is_pinged:
-            options["ping_socket"] = str(folder / f"{number}.sock")
-            ask = partial(ping, Path(options["ping_socket"]))
+        socket = folder / f"{number}.sock"
+        options = {**front.options, **shared, "ping_socket": str(socket)}
+        ask = partial(ping, socket)
         children.append(Child(front.name, front.command, options, drains=True, why_stuck=ask))
     display = Display()
     try:
         return await Supervisor(children, limits, display).run()
     finally:
         await client.close()
-        await gateway.close()
         display.close()
 
 

@@ -10,7 +10,7 @@ _ANSWER = b"here\n"
 
 @asynccontextmanager
 async def answering_pings(path: Path | None) -> AsyncIterator[None]:
-    """While the `async with` lasts. None: nobody asks."""
+    """While the `async with` lasts. None: there is no supervisor."""
     if path is None:
         yield
         return

@@ -189,6 +189,7 @@ def test_stopped_gateway_is_replaced(engine: Engine) -> None:
         os.kill(gateway, signal.SIGSTOP)
         await asyncio.to_thread(wait_until, lambda: not is_alive(gateway))
         await client.until_serving()
+        assert engine.pid_of("gateway") != gateway
 
     engine.run(use)
 

@@ -1,12 +1,24 @@
 """A child without an engine: its options say how it behaves. Lines of its log say what happened."""
 
+import asyncio
 import os
 import signal
 import sys
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
+from quire.serving.supervisor import ping
 from quire.serving.supervisor.channel import channel_of
+
+
+def answer_pings(path: str) -> None:
+    async def answering() -> None:
+        async with ping.answering_pings(Path(path)):
+            await asyncio.Future()
+
+    asyncio.run(answering())
 
 
 def main() -> None:
@@ -26,6 +38,8 @@ def main() -> None:
         os._exit(0)
 
     signal.signal(signal.SIGTERM, end)
+    if "ping_socket" in options:
+        threading.Thread(target=answer_pings, args=(options["ping_socket"],), daemon=True).start()
     note(f"pid {os.getpid()}")
     channel.watch(lambda m: note(f"{m['name']} {m['state']} {m['restarts']}"))
     if "refusal" in options:
