@@ -19,7 +19,7 @@ from ..layers.kv_pages import abstract_pages
 from ..layers.mesh import MODEL, partition
 from ..layers.param import map_params
 from ..layers.programs import SCORE_ROWS, Hidden, Programs, Variant
-from ..layers.quantization.plain import Plain
+from ..layers.quantization.registry import WeightFormat
 from ..layers.sampling import Sampled, TokenLogprobs
 from .buckets import Buckets
 from .compiler import CompileReport, ProgramSpec, compile_all
@@ -39,7 +39,7 @@ class Runner:
         programs: Programs,
         buckets: Buckets,
         mesh: Mesh,
-        weight_format: Plain,
+        weight_format: WeightFormat,
         *,
         num_pages: int,
         kv_dtype: np.dtype[Any],
@@ -208,10 +208,10 @@ class Runner:
     def _weight_arguments(self) -> tuple[Any, Any]:
         """The weights' abstract arrays and their partition specs."""
         params = self.programs.model.params()
-        wrap, dtype = self._format.wrap, self._format.dtype
+        shape, wrap, dtype = self._format.shape, self._format.wrap, self._format.dtype
 
         def abstract(param: Any) -> Any:
-            return wrap(param, self._abstract(param.shape, dtype, partition(param.axes)))
+            return wrap(param, self._abstract(shape(param), dtype, partition(param.axes)))
 
         return map_params(abstract, params), map_params(
             lambda param: wrap(param, partition(param.axes)), params

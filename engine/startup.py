@@ -22,7 +22,7 @@ from ..layers.context import Context
 from ..layers.kv_pages import KVLayout, page_bytes, plan_layout
 from ..layers.mesh import MODEL, make_mesh
 from ..layers.programs import Programs
-from ..layers.quantization.plain import Plain
+from ..layers.quantization.registry import choose_format
 from ..pallas_kernels import registry
 from . import memory
 from .buckets import Buckets, plan_buckets
@@ -120,8 +120,8 @@ class Builder:
         self.sizes = sizes
         self.mesh = mesh
         self.layout: KVLayout = plan_layout(files.info.model.kv_specs())
-        self.ops = registry.choose(sizes.platform)
-        self.format = Plain(files.dtype)
+        self.ops = registry.choose(sizes.platform, dtype=files.dtype)
+        self.format = choose_format(files.dtype, self.ops)
 
     def runner(self, kv_plan: KVPlan) -> Runner:
         model, sizes = self.files.info.model, self.sizes

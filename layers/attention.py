@@ -1,25 +1,14 @@
-"""Self-attention over pages: projections, optional head norms, rope, the op."""
+"""Self-attention over pages: projections around the op."""
 
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from ..pallas_kernels.checks import AttentionSpec, KVPages, PlannedBatch
+from ..pallas_kernels.heads import HeadNorms
 from .context import Context
-from .linear import linear_exact, linear_sum
-from .norm import rms_norm
+from .linear import Norm, linear_sum
 from .param import Leaf
-from .rope import rotate
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Static facts of an attention layer."""
-
-    head_dim: int
-    epsilon: float  # of the head norms
-    spec: AttentionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -36,25 +25,18 @@ class Attention:
 
 
 def attention(
-    x: jax.Array,  # [tokens, hidden]
+    x: jax.Array,  # f32[tokens, hidden]
+    norm: Norm,
     weights: Attention,
     kv: KVPages,
     step: PlannedBatch,
     tables: tuple[jax.Array, jax.Array],  # cos, sin
-    shape: HeadShape,
+    spec: AttentionSpec,
     ctx: Context,
 ) -> tuple[jax.Array, KVPages]:
-    """f32[tokens, hidden] and the cache with this step's keys and values."""
-    tokens, dim = x.shape[0], shape.head_dim
-    qkv = linear_exact(x, weights.qkv, weights.qkv_bias, ctx)
-    kv_heads = kv.k.shape[1]
-    heads = qkv.shape[1] // dim - 2 * kv_heads
-    # q and k are normed and rotated as one array: half the instructions.
-    qk, v = jnp.split(qkv.reshape(tokens, -1, dim), [heads + kv_heads], axis=1)
-    if weights.q_norm is not None and weights.k_norm is not None:
-        per_head = [jnp.broadcast_to(weights.q_norm, (heads, dim)),
-                    jnp.broadcast_to(weights.k_norm, (kv_heads, dim))]  # fmt: skip
-        qk = rms_norm(qk, jnp.concatenate(per_head), shape.epsilon)
-    q, k = jnp.split(rotate(qk, tables), [heads], axis=1)
-    out, kv = ctx.ops.paged_attention(q, k, v, kv, step, shape.spec)
-    return linear_sum(out.reshape(tokens, heads * dim), weights.out, weights.out_bias, ctx), kv
+    """x + attention of norm(x), and the cache with this step's keys and values."""
+    # Scores turn the rounding of q and k into the largest error of a bfloat16 model.
+    qkv = weights.qkv.exact_product(x, weights.qkv_bias, norm)
+    norms = None if weights.q_norm is None else HeadNorms(weights.q_norm, weights.k_norm)
+    out, kv = ctx.ops.attend(qkv, kv, step, spec, tables, norms)
+    return linear_sum(out, weights.out, weights.out_bias, x, ctx), kv

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from .mesh import partition
 from .param import Param, map_params, param_leaves
-from .quantization.plain import Plain
+from .quantization.registry import WeightFormat
 
 _DTYPE_BY_NAME = {
     "F64": np.dtype(np.float64),
@@ -205,7 +205,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def load_weights(
     checkpoint: Checkpoint,
     params: Any,
-    weight_format: Plain,
+    weight_format: WeightFormat,
     mesh: Mesh,
     is_unused: Callable[[str], bool],
     progress: Callable[[int], None] = lambda num_bytes: None,
@@ -232,8 +232,9 @@ def load_weights(
                 f"{names}: values beyond float16's 65504 would become infinite; use dtype "
                 "bfloat16 or float32"
             )
-        array = jax.device_put(joined, NamedSharding(mesh, partition(param.axes)))
-        progress(joined.nbytes)
+        prepared = weight_format.prepare(param, joined)
+        array = jax.device_put(prepared, NamedSharding(mesh, partition(param.axes)))
+        progress(prepared.nbytes)
         return weight_format.wrap(param, array)
 
     with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load") as pool:
@@ -275,7 +276,7 @@ def check_names(checkpoint: Checkpoint, params: Any, is_unused: Callable[[str], 
         )
 
 
-def dummy_weights(params: Any, weight_format: Plain, mesh: Mesh, seed: int) -> Any:
+def dummy_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, seed: int) -> Any:
     """Random weights of the tree's shapes, made on the device: norms and biases at their start
     value, the rest normal(0, 0.02).
     """
@@ -286,6 +287,9 @@ def dummy_weights(params: Any, weight_format: Plain, mesh: Mesh, seed: int) -> A
         sharding = NamedSharding(mesh, partition(param.axes))
         build = _constant if param.fill is not None else _normal
         array = build(key, index[id(param)], param.shape, weight_format.dtype, sharding, param.fill)
+        if weight_format.shape(param) != param.shape:
+            prepared = weight_format.prepare(param, np.asarray(array))
+            array = jax.device_put(prepared, sharding)
         return weight_format.wrap(param, array)
 
     return map_params(make, params)
@@ -318,9 +322,9 @@ def _constant(
     return jax.lax.with_sharding_constraint(jnp.full(shape, fill, dtype), sharding)
 
 
-def weight_bytes(params: Any, weight_format: Plain) -> int:
+def weight_bytes(params: Any, weight_format: WeightFormat) -> int:
     """Bytes of all arrays of the tree."""
     return (
-        sum(int(np.prod(p.shape, dtype=np.int64)) for p in param_leaves(params))
+        sum(math.prod(weight_format.shape(p)) for p in param_leaves(params))
         * weight_format.dtype.itemsize
     )

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from .context import Context
+from .linear import Matrix
 
 
-def embed(token_ids: jax.Array, table: jax.Array, ctx: Context) -> jax.Array:
+def embed(token_ids: jax.Array, table: Matrix, ctx: Context) -> jax.Array:
     """f32[tokens, hidden]: row `token_ids` of table [vocab, hidden]; ids outside the vocabulary
     give zeros.
     """
     if ctx.model_axis is None:
-        return table.at[token_ids].get(mode="fill", fill_value=0).astype(jnp.float32)
-    rows = table.shape[0]
+        return table.rows(token_ids)
+    rows = table.num_rows
     local = token_ids - lax.axis_index(ctx.model_axis) * rows
     # An id of another shard must not wrap around: send it past the end, where it reads zeros.
     local = jnp.where((local >= 0) & (local < rows), local, rows)
-    part = table.at[local].get(mode="fill", fill_value=0).astype(jnp.float32)
-    return lax.psum(part, ctx.model_axis)
+    return lax.psum(table.rows(local), ctx.model_axis)

@@ -1,73 +1,131 @@
-"""y = x W^T + b, dispatched on the type of the weight.
+"""Products with weight matrices, y = x W^T + b, by whatever form the weight is held in.
 
-Weights are [out, in], as checkpoints store them. A quantization format adds a weight type and one
-line to _LINEAR_BY_TYPE.
+Weights are [out, in], as checkpoints store them. A quantization format adds a type of weight that
+is a `Matrix`. What a kernel can do on the way, as the norm before a product, is an argument, so
+that a format may fuse it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..pallas_kernels.norm import rms_norm
+from ..pallas_kernels.reductions import argmax
 from .context import Context
+from .param import Leaf
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["epsilon"])
+@dataclass(frozen=True)
+class Norm:
+    """The RMS norm of a product's input."""
+
+    weight: Leaf  # [in]
+    epsilon: float
+
+
+class Matrix(Protocol):
+    """A weight [out, in]. x: [tokens, in], in f32 or as `gated` made it; results are f32."""
+
+    def product(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,  # [out]
+        *,
+        norm: Norm | None = None,
+        residual: jax.Array | None = None,  # f32[tokens, out]
+    ) -> jax.Array:
+        """residual + norm(x) W^T + bias"""
+
+    def exact_product(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+        """The same with norm(x) kept to twice the bits of a bfloat16 weight's dtype."""
+
+    def gated(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+        """silu(gate) * up [tokens, out / 2]: the first half of the rows are gates. In any dtype."""
+
+    def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """i32[tokens], the lowest output of the highest value; i32[tokens], 1 if any output is not
+        finite.
+        """
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """f32[ids, in]: rows of W; zeros for an id past the end."""
+
+    @property
+    def num_rows(self) -> int: ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseWeight:
-    """A matrix held as it is."""
+    """A matrix held as it is, multiplied by XLA."""
 
-    w: jax.Array  # [out, in]
+    w: Leaf  # [out, in]
+
+    def product(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        *,
+        norm: Norm | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        y = _biased(self._dot(_normed(x, norm)), bias)
+        return y if residual is None else residual + y
+
+    def exact_product(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+        x, dtype = _normed(x, norm), self.w.dtype
+        if dtype != jnp.bfloat16:
+            return _biased(self._dot(x), bias)
+        # x goes in as two rows, its rounded value and what rounding left: the weight is read once.
+        high = x.astype(dtype)
+        rest = (x - high.astype(jnp.float32)).astype(dtype)
+        both = self._dot(jnp.concatenate([high, rest]))
+        return _biased(both[: x.shape[0]] + both[x.shape[0] :], bias)
+
+    def gated(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+        gate, up = jnp.split(self.product(x, bias, norm=norm), 2, axis=-1)
+        return jax.nn.silu(gate) * up
+
+    def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = self._dot(x)
+        return argmax(y), (~jnp.isfinite(y).all(-1)).astype(jnp.int32)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        return self.w.at[ids].get(mode="fill", fill_value=0).astype(jnp.float32)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.w.shape[0])
+
+    def _dot(self, x: jax.Array) -> jax.Array:
+        # Accumulates in f32 whatever the weight's dtype.
+        return lax.dot_general(
+            x.astype(self.w.dtype),
+            self.w,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
 
 
-def linear(x: jax.Array, weight: Any, bias: jax.Array | None, ctx: Context) -> jax.Array:
-    """f32[tokens, out] from x [tokens, in]; column-parallel: `out` may be this device's share."""
-    y = _LINEAR_BY_TYPE[type(weight)](x, weight)
-    return y if bias is None else y + bias.astype(jnp.float32)
-
-
-def linear_exact(x: jax.Array, weight: Any, bias: jax.Array | None, ctx: Context) -> jax.Array:
-    """Like linear, with x kept to twice the bits of a bfloat16 weight's dtype.
-
-    For q, k and v: attention scores turn their rounding into the largest error of a bfloat16 model.
-    x goes in as two rows, its rounded value and what rounding left, so the weight is read once.
+def linear_sum(
+    x: jax.Array, weight: Matrix, bias: jax.Array | None, residual: jax.Array, ctx: Context
+) -> jax.Array:
+    """residual + x W^T + b, with `in` split over the model axis: one all-reduce, after which the
+    rest is added once.
     """
-    dtype = weight_dtype(weight)
-    if dtype != jnp.bfloat16:
-        return linear(x, weight, bias, ctx)
-    high = x.astype(dtype)
-    rest = (x - high.astype(jnp.float32)).astype(dtype)
-    both = linear(jnp.concatenate([high, rest]), weight, None, ctx)
-    y = both[: x.shape[0]] + both[x.shape[0] :]
+    if ctx.model_axis is None:
+        return weight.product(x, bias, residual=residual)
+    return residual + _biased(lax.psum(weight.product(x, None), ctx.model_axis), bias)
+
+
+def _normed(x: jax.Array, norm: Norm | None) -> jax.Array:
+    return x if norm is None else rms_norm(x, norm.weight, norm.epsilon)
+
+
+def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y if bias is None else y + bias.astype(jnp.float32)
-
-
-def linear_sum(x: jax.Array, weight: Any, bias: jax.Array | None, ctx: Context) -> jax.Array:
-    """Like linear, with `in` split over the model axis: one all-reduce, the bias added once after
-    it.
-    """
-    y = _LINEAR_BY_TYPE[type(weight)](x, weight)
-    if ctx.model_axis is not None:
-        y = lax.psum(y, ctx.model_axis)
-    return y if bias is None else y + bias.astype(jnp.float32)
-
-
-def _dense(x: jax.Array, weight: DenseWeight) -> jax.Array:
-    # Accumulates in f32 whatever the weight's dtype.
-    return lax.dot_general(
-        x.astype(weight.w.dtype),
-        weight.w,
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-
-
-def weight_dtype(weight: Any) -> Any:
-    """The dtype in which a weight takes its input."""
-    return weight.w.dtype
-
-
-_LINEAR_BY_TYPE: dict[type, Callable[[jax.Array, Any], jax.Array]] = {DenseWeight: _dense}

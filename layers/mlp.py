@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from .context import Context
-from .linear import linear, linear_sum
+from .linear import Norm, linear_sum
 from .param import Leaf
 
 
@@ -21,8 +20,7 @@ class GatedMlp:
     down_bias: Leaf  # [hidden]
 
 
-def gated_mlp(x: jax.Array, weights: GatedMlp, ctx: Context) -> jax.Array:
-    """SwiGLU (Shazeer 2020, section 2). x: [tokens, hidden] -> f32[tokens, hidden]."""
-    both = linear(x, weights.gate_up, weights.gate_up_bias, ctx)
-    gate, up = jnp.split(both, 2, axis=-1)
-    return linear_sum(jax.nn.silu(gate) * up, weights.down, weights.down_bias, ctx)
+def gated_mlp(x: jax.Array, norm: Norm, weights: GatedMlp, ctx: Context) -> jax.Array:
+    """x + SwiGLU(norm(x)) (Shazeer 2020, section 2). x: f32[tokens, hidden]."""
+    inner = weights.gate_up.gated(x, weights.gate_up_bias, norm)
+    return linear_sum(inner, weights.down, weights.down_bias, x, ctx)

@@ -19,8 +19,9 @@ Leaf = Any
 class Kind(Enum):
     """What a Param is for; a WeightFormat decides by it how the bytes are held."""
 
-    LINEAR = "linear"  # [out, in], read by linear()
-    EMBEDDING = "embedding"  # [vocab, hidden], read by row
+    LINEAR = "linear"  # [out, in], multiplied, and perhaps read by row
+    GATED = "gated"  # [2 * out, in], the gates and the ups of a gated layer
+    EMBEDDING = "embedding"  # [vocab, hidden], read by row alone
     VECTOR = "vector"  # norms and biases, kept as they are
 
 
@@ -54,11 +55,14 @@ def linear_param(tensor: str, shape: tuple[int, int], axes: tuple[str | None, st
 
 
 def fused_param(
-    parts: dict[str, tuple[str, int]], columns: int, axes: tuple[str | None, str | None]
+    parts: dict[str, tuple[str, int]],
+    columns: int,
+    axes: tuple[str | None, str | None],
+    kind: Kind = Kind.LINEAR,
 ) -> Param:
     """Matrices [rows, columns] stacked along axis 0; parts: name -> (tensor, rows)."""
     slices = tuple(Slice(name, tensor, rows) for name, (tensor, rows) in parts.items())
-    return Param((sum(s.rows for s in slices), columns), axes, slices)
+    return Param((sum(s.rows for s in slices), columns), axes, slices, kind)
 
 
 def vector_param(parts: dict[str, tuple[str, int]], axis: str | None, *, fill: float) -> Param:

@@ -91,9 +91,10 @@ class Programs:
         variant: Variant,
     ) -> tuple[sampling.Sampled, rows.RowState]:
         """One token per row; state is donated and returned."""
-        logits = self.model.head(weights, hidden_rows, self.ctx)
+        head = self.model.head(weights)
         if variant is Variant.GREEDY:
-            return sampling.sample_greedy(logits, state, slots)
+            return sampling.sample_greedy(*head.highest(hidden_rows), state, slots)
+        logits = head.product(hidden_rows, None)
         return sampling.sample(logits, state, slots, flags, step_mask)
 
     def score(
@@ -109,5 +110,5 @@ class Programs:
         """
         # lax shifts a slice past the end back to the front: clip its rows one by one instead.
         at = jnp.minimum(first + jnp.arange(targets.shape[0]), hidden.shape[0] - 1)
-        logits = self.model.head(weights, hidden[at], self.ctx)
+        logits = self.model.head(weights).product(hidden[at], None)
         return sampling.token_logprobs(logits, targets, num_logprobs)

@@ -41,7 +41,7 @@ class RopeConfig:
 
 
 def rotary_tables(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32[tokens, head_dim] each, as rotate wants them. positions: absolute,
+    """cos and sin, f32[tokens, head_dim] each, as pallas_kernels.heads.rotate wants them. positions: absolute,
     i32[tokens].
     """
     angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(
@@ -49,16 +49,6 @@ def rotary_tables(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Arra
     )
     cos, sin = jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate each head by its position (RoFormer eq. 34; half-split layout as in Llama), in f32.
-
-    x: [tokens, heads, head_dim]. bfloat16 cannot tell position 256 from 257.
-    """
-    cos, sin = (t[:, None, :] for t in tables)
-    x = x.astype(jnp.float32)
-    return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
 
 def build_rope(config: RopeConfig) -> Rope:

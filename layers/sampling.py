@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..pallas_kernels.reductions import argmax, sum_last
 from .batch import FLAG_FILTERS, FLAG_MASKS, FLAG_PENALTIES
 from .param import Leaf
-from .reductions import sum_last
 from .rows import RowState, unpack_bits
 
 BLOCK = 128  # sums and maxima over the vocabulary go in two levels of this width
@@ -43,19 +43,19 @@ class TokenLogprobs(NamedTuple):
     top: Leaf  # f32[rows, k]
 
 
-def sample_greedy(logits: jax.Array, state: RowState, slots: jax.Array) -> tuple[Sampled, RowState]:
-    """The variant for batches whose rows are all greedy and ask for nothing else.
-
-    logits: f32[rows, vocab]; slots: i32[rows], num_slots where nothing is sampled.
-    """
-    token = argmax(logits)
-    is_bad = ~jnp.isfinite(logits).all(-1)
+def sample_greedy(
+    token: jax.Array,  # i32[rows], of the highest logit
+    is_bad: jax.Array,  # i32[rows], 1 if a logit is not finite
+    state: RowState,
+    slots: jax.Array,  # i32[rows], num_slots where nothing is sampled
+) -> tuple[Sampled, RowState]:
+    """The variant for batches whose rows are all greedy and ask for nothing else."""
     state = replace(
         state,
         last_token=state.last_token.at[slots].set(token, mode="drop"),
         num_output=state.num_output.at[slots].add(1, mode="drop"),
     )
-    return Sampled(jnp.stack([token, is_bad.astype(jnp.int32)]), token), state
+    return Sampled(jnp.stack([token, is_bad]), token), state
 
 
 def sample(
@@ -128,16 +128,6 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, k: int) -> TokenLogprob
         top, ids = lax.top_k(logits, k)
         top = top - norm
     return TokenLogprobs((value - norm)[:, 0], rank, ids, top)
-
-
-def argmax(x: jax.Array) -> jax.Array:
-    """i32[rows]: the lowest index of the highest value, in two levels (plain argmax is far slower
-    on CPU).
-    """
-    blocks = _blocks(x, _MASKED)
-    best = jnp.argmax(blocks.max(-1), axis=-1)
-    inside = jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0]
-    return (best * BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
 def draw(x: jax.Array, threshold: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ class AttentionSpec:
     scale: float
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     value_dim: int | None = None  # needed for a latent cache, where v is None
+    norm_epsilon: float = 0.0  # of the norms of each head, if there are any
 
 
 @jax.tree_util.register_dataclass

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from . import attention_jnp, reference
+from ..cpu_kernels import library
+from . import attention_cpu, attention_jnp, reference
 from .checks import (
     AttentionBatch,
     AttentionSpec,
@@ -18,66 +20,101 @@ from .checks import (
     PlannedBatch,
     check_paged_attention,
 )
+from .heads import HeadNorms, split_heads
 
 PagedAttention = Callable[..., tuple[jax.Array, KVPages]]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op. `platforms` are jax's names; the first listed that fits is taken."""
+    """One way to run an op. `platforms` are jax's names; the first listed that fits is taken.
+
+    attend: all of Ops.attend in one call, where there is such a kernel.
+    """
 
     name: str
     platforms: tuple[str, ...]
     run: PagedAttention
     plan: Callable[[AttentionBatch, int], Any] = lambda batch, page_size: None
+    attend: PagedAttention | None = None
+    needs_library: bool = False
 
 
 PAGED_ATTENTION = (
+    Implementation(
+        "native",
+        ("cpu",),
+        attention_cpu.paged_attention,
+        attend=attention_cpu.attend,
+        needs_library=True,
+    ),
     Implementation("jnp", ("cpu", "cuda"), attention_jnp.paged_attention, attention_jnp.plan),
     Implementation("reference", ("cpu", "cuda"), reference.paged_attention),
 )
+# Dtypes of weights that the C++ kernels multiply.
+NATIVE_LINEAR_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The chosen implementation of every op. Hashable: a static argument of the layers."""
+    """The chosen implementation of every op. Hashable: a static argument of the layers.
+
+    linear: "native", weights are packed for the C++ kernels, or "xla", they are kept as they are.
+    """
 
     attention: Implementation
+    linear: str = "xla"
 
     def plan_attention(self, batch: AttentionBatch, page_size: int) -> PlannedBatch:
         """What the layers' calls have in common, computed once a step."""
         return PlannedBatch(batch, self.attention.plan(batch, page_size))
 
-    def paged_attention(
+    def attend(
         self,
-        q: jax.Array,  # [tokens, heads, head_dim]
-        k_new: jax.Array,  # [tokens, kv_heads, head_dim]
-        v_new: jax.Array | None,  # [tokens, kv_heads, value_dim]
+        qkv: jax.Array,  # [tokens, (heads + kv_heads) * head_dim + kv_heads * value_dim]
         kv: KVPages,
         step: PlannedBatch,
         spec: AttentionSpec,
-        sinks: jax.Array | None = None,  # f32[heads]
+        tables: tuple[jax.Array, jax.Array] | None = None,
+        norms: HeadNorms | None = None,
     ) -> tuple[jax.Array, KVPages]:
-        """reference.paged_attention by the chosen implementation, its contract checked."""
-        check_paged_attention(q, k_new, v_new, kv, step.batch, spec, sinks)
-        return self.attention.run(q, k_new, v_new, kv, *step, spec, sinks)
+        """split_heads, then reference.paged_attention, by the chosen implementation:
+        [tokens, heads * value_dim] and the cache. The contract is checked.
+        """
+        _, kv_heads, _, head_dim = kv.k.shape
+        heads = jax.eval_shape(
+            lambda x: split_heads(x, kv_heads, head_dim, None, None, 0.0), qkv
+        )
+        check_paged_attention(heads.q, heads.k, heads.v, kv, step.batch, spec, None)
+        if self.attention.attend is not None:
+            return self.attention.attend(qkv, kv, *step, spec, tables, norms, None)
+        heads = split_heads(qkv, kv_heads, head_dim, tables, norms, spec.norm_epsilon)
+        out, kv = self.attention.run(*heads, kv, *step, spec, None)
+        return out.reshape(out.shape[0], -1), kv
 
     def names(self) -> dict[str, str]:
         """Op name -> implementation name, for the log and `quire env`."""
-        return {"paged_attention": self.attention.name}
+        return {"paged_attention": self.attention.name, "linear": self.linear}
 
 
-def choose(platform: str, *, attention: str | None = None) -> Ops:
-    """The ops for a platform; `attention` picks an implementation by name (tests, debugging).
+def choose(platform: str, *, attention: str | None = None, dtype: Any = jnp.float32) -> Ops:
+    """The ops for a platform and weights of `dtype`; `attention` picks an implementation by name
+    (tests, debugging).
 
     Raises LookupError naming what there is.
     """
+    has_library = platform == "cpu" and isinstance(library.load(), library.Library)
     fitting = [
-        i for i in PAGED_ATTENTION if platform in i.platforms and attention in (None, i.name)
+        i
+        for i in PAGED_ATTENTION
+        if platform in i.platforms
+        and attention in (None, i.name)
+        and (has_library or not i.needs_library)
     ]
     if not fitting:
         known = ", ".join(f"{i.name} ({'/'.join(i.platforms)})" for i in PAGED_ATTENTION)
         raise LookupError(
             f"no paged_attention named {attention!r} for {platform!r}; there are {known}"
         )
-    return Ops(fitting[0])
+    is_native = has_library and jnp.dtype(dtype) in [jnp.dtype(d) for d in NATIVE_LINEAR_DTYPES]
+    return Ops(fitting[0], "native" if is_native else "xla")

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 
 from ...pallas_kernels.checks import AttentionSpec, KVPages, PlannedBatch
-from ..attention import Attention, HeadShape, attention
+from ...pallas_kernels.norm import rms_norm
+from ..attention import Attention, attention
 from ..context import Context
 from ..embedding import embed
 from ..kv_pages import KVSpec
-from ..linear import DenseWeight, linear
+from ..linear import Matrix, Norm
 from ..mlp import GatedMlp, gated_mlp
-from ..norm import rms_norm
 from ..param import Kind, Param, Slice, fused_param, linear_param, vector_param
 from ..rope import Rope, RopeConfig, build_rope, rotary_tables
 from .config_reader import ConfigError, ConfigReader
@@ -117,8 +117,7 @@ class Decoder:
     def __init__(self, spec: DecoderSpec) -> None:
         self.spec = spec
         self.rope: Rope = build_rope(spec.rope)
-        scale = spec.head_dim**-0.5
-        self.heads = HeadShape(spec.head_dim, spec.epsilon, AttentionSpec(scale))
+        self.attention = AttentionSpec(spec.head_dim**-0.5, norm_epsilon=spec.epsilon)
 
     @property
     def vocab_size(self) -> int:
@@ -172,20 +171,18 @@ class Decoder:
         ctx: Context,
     ) -> tuple[jax.Array, KVPages]:
         """One layer; the residual stream stays in f32."""
-        seen = rms_norm(x, weights.attention_norm, self.spec.epsilon)
-        out, kv = attention(seen, weights.attention, kv, step, tables, self.heads, ctx)
-        x = x + out
-        seen = rms_norm(x, weights.mlp_norm, self.spec.epsilon)
-        return x + gated_mlp(seen, weights.mlp, ctx), kv
+        norm = Norm(weights.attention_norm, self.spec.epsilon)
+        x, kv = attention(x, norm, weights.attention, kv, step, tables, self.attention, ctx)
+        return gated_mlp(x, Norm(weights.mlp_norm, self.spec.epsilon), weights.mlp, ctx), kv
 
     def final_norm(self, weights: Weights, x: jax.Array) -> jax.Array:
         """f32[tokens, hidden]: what the head reads."""
         return rms_norm(x, weights.norm, self.spec.epsilon)
 
-    def head(self, weights: Weights, x: jax.Array, ctx: Context) -> jax.Array:
-        """f32[rows, vocab] logits of normed hidden states."""
-        head = DenseWeight(weights.embedding) if weights.head is None else weights.head
-        return linear(x, head, None, ctx)
+    def head(self, weights: Weights) -> Matrix:
+        """[vocab, hidden]: its product with normed hidden states are the logits."""
+        head: Matrix = weights.embedding if weights.head is None else weights.head
+        return head
 
 
 def _table(tensor: str, s: DecoderSpec) -> Param:
@@ -193,7 +190,7 @@ def _table(tensor: str, s: DecoderSpec) -> Param:
         (s.vocab_size, s.hidden_size),
         ("vocab", "hidden"),
         (Slice("embed", tensor, s.vocab_size),),
-        Kind.EMBEDDING,
+        Kind.LINEAR if s.tie_embeddings else Kind.EMBEDDING,
     )
 
 
@@ -238,6 +235,7 @@ def _block_params(i: int, s: DecoderSpec) -> Block:
                 {n: (f"{mlp}.{n}_proj.weight", s.mlp_size) for n in ("gate", "up")},
                 s.hidden_size,
                 ("mlp", "hidden"),
+                Kind.GATED,
             ),
             gate_up_bias=fused_bias(
                 {n: (f"{mlp}.{n}_proj.bias", s.mlp_size) for n in ("gate", "up")}, "mlp", s.mlp_bias

@@ -15,6 +15,14 @@ class Plain:
 
     dtype: np.dtype
 
+    def shape(self, param: Param) -> tuple[int, ...]:
+        """Of the array that holds it."""
+        return param.shape
+
+    def prepare(self, param: Param, values: np.ndarray) -> np.ndarray:
+        """The array from the Param's values in its own shape."""
+        return values
+
     def wrap(self, param: Param, array: Any) -> Any:
         """What the layers read: a DenseWeight for a matrix, the array itself for the rest."""
-        return DenseWeight(array) if param.kind is Kind.LINEAR else array
+        return array if param.kind is Kind.VECTOR else DenseWeight(array)

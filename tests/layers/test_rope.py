@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers.modeling_rope_utils as theirs
-from quire.layers.rope import Rope, RopeConfig, build_rope, rope_types, rotary_tables, rotate
+from quire.layers.rope import Rope, RopeConfig, build_rope, rope_types, rotary_tables
+from quire.pallas_kernels.heads import rotate
 
 MAX_POSITION = 4096
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from quire.layers.reductions import sum_last
+from quire.pallas_kernels.reductions import sum_last
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 576, 1500])

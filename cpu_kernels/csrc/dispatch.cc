@@ -1,0 +1,77 @@
+#include "dispatch.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace quire {
+
+#define QUIRE_DECLARE(level)       \
+  namespace level {                \
+  extern const Kernels kernels;    \
+  }
+#if defined(__x86_64__)
+QUIRE_DECLARE(amx)
+QUIRE_DECLARE(avx512_bf16)
+QUIRE_DECLARE(avx512)
+QUIRE_DECLARE(avx2)
+#elif defined(__aarch64__)
+QUIRE_DECLARE(neon)
+#endif
+QUIRE_DECLARE(portable)
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx512_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+// The system lets a process use tiles only after it has asked: they are 8 KiB of state a thread.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kTile = 24, kBf16 = 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> kTile & 1) || !(d >> kBf16 & 1)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+std::vector<const Kernels*> find_levels() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512vnni") && has_avx512_bf16();
+  if (has_bf16 && may_use_tiles()) found.push_back(&amx::kernels);
+  if (has_bf16) found.push_back(&avx512_bf16::kernels);
+  if (has_avx512) found.push_back(&avx512::kernels);
+  if (has_avx2) found.push_back(&avx2::kernels);
+#elif defined(__aarch64__)
+  found.push_back(&neon::kernels);
+#endif
+  found.push_back(&portable::kernels);
+  return found;
+}
+
+}  // namespace
+
+const std::vector<const Kernels*>& levels() {
+  static const std::vector<const Kernels*> found = find_levels();
+  return found;
+}
+
+const Kernels* find_level(const std::string& name) {
+  for (const Kernels* level : levels()) {
+    if (name.empty() || name == level->name) return level;
+  }
+  return nullptr;
+}
+
+}  // namespace quire

@@ -1,0 +1,267 @@
+// The library as XLA sees it: handlers of custom calls, and a few functions for Python's ctypes.
+
+#include <atomic>
+#include <cstring>
+
+#include "dispatch.h"
+#include "pack.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace quire {
+namespace {
+
+namespace ffi = xla::ffi;
+
+std::atomic<const Kernels*> chosen{nullptr};
+std::atomic<int> num_threads{1};
+
+class XlaPool : public Scheduler {
+ public:
+  explicit XlaPool(ffi::ThreadPool& pool) : pool_(pool) {}
+  void schedule(void (*task)(void*), void* data) override {
+    pool_.Schedule([task, data] { task(data); });
+  }
+
+ private:
+  ffi::ThreadPool& pool_;
+};
+
+Dtype dtype_of(ffi::DataType type) {
+  if (type == ffi::DataType::F16) return Dtype::kF16;
+  return type == ffi::DataType::BF16 ? Dtype::kBf16 : Dtype::kF32;
+}
+
+bool is_served(ffi::DataType type) {
+  return type == ffi::DataType::BF16 || type == ffi::DataType::F32;
+}
+
+// An absent argument is passed with no elements.
+const void* or_null(const ffi::AnyBuffer& buffer) {
+  return buffer.element_count() == 0 ? nullptr : buffer.untyped_data();
+}
+
+ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::AnyBuffer norm,
+                  ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y,
+                  ffi::Result<ffi::AnyBuffer> workspace, double epsilon, bool is_exact,
+                  bool is_gated) {
+  const auto shape = x.dimensions(), made = y->dimensions();
+  if (!is_served(x.element_type()) || !is_served(weight.element_type())) {
+    return ffi::Error::InvalidArgument("quire_linear takes f32 and bf16");
+  }
+  Linear call = {};
+  call.rows = shape[0];
+  call.in = shape[1];
+  call.out = made[1];
+  call.x = x.untyped_data();
+  call.x_dtype = dtype_of(x.element_type());
+  call.weight = weight.untyped_data();
+  call.weight_dtype = dtype_of(weight.element_type());
+  call.norm = or_null(norm);
+  call.epsilon = static_cast<float>(epsilon);
+  call.bias = or_null(bias);
+  call.vector_dtype = dtype_of(weight.element_type());
+  call.residual = static_cast<const float*>(or_null(residual));
+  call.is_exact = is_exact;
+  call.is_gated = is_gated;
+  call.y = y->untyped_data();
+  call.y_dtype = dtype_of(y->element_type());
+  call.workspace = workspace->untyped_data();
+  if (static_cast<int64_t>(workspace->size_bytes()) < workspace_bytes(call.rows, call.in)) {
+    return ffi::Error::InvalidArgument("quire_linear: the workspace is too small");
+  }
+  XlaPool scheduler(pool);
+  Team team(scheduler, num_threads.load(std::memory_order_relaxed));
+  chosen.load(std::memory_order_acquire)->linear(team, call);
+  return ffi::Error::Success();
+}
+
+ffi::Error head_argmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
+                       ffi::Result<ffi::BufferR1<ffi::S32>> token,
+                       ffi::Result<ffi::BufferR1<ffi::S32>> is_bad,
+                       ffi::Result<ffi::AnyBuffer> workspace, int64_t vocab) {
+  HeadArgmax call = {};
+  call.rows = x.dimensions()[0];
+  call.in = x.dimensions()[1];
+  call.vocab = vocab;
+  call.x = static_cast<const float*>(x.untyped_data());
+  call.weight = weight.untyped_data();
+  call.weight_dtype = dtype_of(weight.element_type());
+  call.token = token->typed_data();
+  call.is_bad = is_bad->typed_data();
+  call.workspace = workspace->untyped_data();
+  XlaPool scheduler(pool);
+  Team team(scheduler, num_threads.load(std::memory_order_relaxed));
+  chosen.load(std::memory_order_acquire)->head_argmax(team, call);
+  return ffi::Error::Success();
+}
+
+ffi::Error embed(ffi::BufferR1<ffi::S32> ids, ffi::AnyBuffer table,
+                 ffi::Result<ffi::BufferR2<ffi::F32>> out, int64_t vocab) {
+  const int64_t hidden = out->dimensions()[1];
+  const int64_t count = ids.dimensions()[0];
+  for (int64_t i = 0; i < count; ++i) {
+    float* row = out->typed_data() + i * hidden;
+    const int64_t id = ids.typed_data()[i];
+    if (id < 0 || id >= vocab) std::memset(row, 0, hidden * sizeof(float));
+    else unpack_row(table.untyped_data(), dtype_of(table.element_type()), id, hidden, row);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::AnyBuffer k,
+                     ffi::AnyBuffer v, ffi::AnyBuffer cos, ffi::AnyBuffer sin,
+                     ffi::AnyBuffer q_norm, ffi::AnyBuffer k_norm, ffi::AnyBuffer sinks,
+                     ffi::RemainingArgs batch, ffi::Result<ffi::AnyBuffer> out,
+                     ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
+                     ffi::Result<ffi::AnyBuffer> q, int64_t heads, int64_t value_dim, double epsilon,
+                     double scale, double soft_cap) {
+  const auto pages = k.dimensions();
+  Attention call = {};
+  call.tokens = qkv.dimensions()[0];
+  call.heads = heads;
+  call.num_pages = pages[0];
+  call.kv_heads = pages[1];
+  call.page_size = pages[2];
+  call.head_dim = pages[3];
+  call.value_dim = value_dim;
+  call.qkv = qkv.typed_data();
+  call.cos = static_cast<const float*>(or_null(cos));
+  call.sin = static_cast<const float*>(or_null(sin));
+  call.q_norm = or_null(q_norm);
+  call.k_norm = or_null(k_norm);
+  call.vector_dtype = dtype_of(q_norm.element_type());
+  call.epsilon = static_cast<float>(epsilon);
+  call.scale = static_cast<float>(scale);
+  call.soft_cap = static_cast<float>(soft_cap);
+  call.sinks = static_cast<const float*>(or_null(sinks));
+  if (k_out->untyped_data() != k.untyped_data() || v_out->untyped_data() != v.untyped_data()) {
+    return ffi::Error::Internal("quire_attention: the cache is not written in place");
+  }
+  call.k = k_out->untyped_data();
+  call.v = const_cast<void*>(or_null(v));
+  call.kv_dtype = dtype_of(k.element_type());
+  const int32_t* arrays[11];
+  for (size_t i = 0; i < 11; ++i) {
+    const auto array = batch.get<ffi::AnyBuffer>(i);
+    if (array.has_error()) return array.error();
+    if (array->element_type() != ffi::DataType::S32) {
+      return ffi::Error::InvalidArgument("quire_attention: the batch must be i32");
+    }
+    arrays[i] = static_cast<const int32_t*>(array->untyped_data());
+    if (i == 5) {
+      call.rows = array->dimensions()[0];
+      call.width = array->dimensions()[1];
+    }
+    if (i == 8) call.items = array->dimensions()[0];
+  }
+  call.attend_from = arrays[0];
+  call.attend_to = arrays[1];
+  call.token_row = arrays[2];
+  call.write_page = arrays[3];
+  call.write_offset = arrays[4];
+  call.page_table = arrays[5];
+  call.num_single = arrays[6];
+  call.num_items = arrays[7];
+  call.item_row = arrays[8];
+  call.item_first = arrays[9];
+  call.item_count = arrays[10];
+  call.q = static_cast<float*>(q->untyped_data());
+  call.out = static_cast<float*>(out->untyped_data());
+  XlaPool scheduler(pool);
+  Team team(scheduler, num_threads.load(std::memory_order_relaxed));
+  chosen.load(std::memory_order_acquire)->attention(team, call);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace quire
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_linear, quire::linear,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<double>("epsilon")
+                                  .Attr<bool>("is_exact")
+                                  .Attr<bool>("is_gated"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_head_argmax, quire::head_argmax,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("vocab"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_embed, quire::embed,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Attr<int64_t>("vocab"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_attention, quire::attention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("heads")
+                                  .Attr<int64_t>("value_dim")
+                                  .Attr<double>("epsilon")
+                                  .Attr<double>("scale")
+                                  .Attr<double>("soft_cap"));
+
+extern "C" {
+
+// The name of the level at `index`, the best first; null past the last.
+const char* quire_level(int index) {
+  const auto& all = quire::levels();
+  return index < static_cast<int>(all.size()) ? all[index]->name : nullptr;
+}
+
+// Chooses a level (empty: the best) and the number of threads. 0 if there is no such level here.
+int quire_configure(const char* level, int threads) {
+  const quire::Kernels* found = quire::find_level(level);
+  if (found == nullptr || threads < 1) return 0;
+  quire::chosen.store(found, std::memory_order_release);
+  quire::num_threads.store(threads, std::memory_order_relaxed);
+  return 1;
+}
+
+// The version of XLA's calls that this was built for: major * 1000 + minor.
+int quire_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
+
+// Rows [begin, end) of a matrix [rows, columns] of elements of 2 or 4 bytes.
+void quire_pack(const void* source, int64_t begin, int64_t end, int64_t rows, int64_t columns,
+                int is_gated, int element_bytes, void* packed) {
+  if (element_bytes == 2) {
+    quire::pack(static_cast<const uint16_t*>(source), begin, end, rows, columns, is_gated,
+                static_cast<uint16_t*>(packed));
+  } else {
+    quire::pack(static_cast<const float*>(source), begin, end, rows, columns, is_gated,
+                static_cast<float*>(packed));
+  }
+}
+}
+
+#pragma GCC visibility pop

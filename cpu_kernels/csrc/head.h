@@ -1,0 +1,78 @@
+// The vocabulary head for greedy rows: no logits are written.
+
+#pragma once
+
+#include <atomic>
+#include <memory>
+
+#include "linear.h"
+
+namespace quire::QUIRE_LEVEL {
+
+// Orders like the logit, then like the negated id: the highest is the lowest id of the highest logit.
+inline uint64_t rank_of(float logit, int64_t id) {
+  int32_t bits;
+  const float positive_zero = logit + 0.0f;
+  std::memcpy(&bits, &positive_zero, 4);
+  const uint32_t ordered =
+      bits < 0 ? ~static_cast<uint32_t>(bits) : static_cast<uint32_t>(bits) | 0x80000000u;
+  return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
+}
+
+inline void raise_to(std::atomic<uint64_t>& best, uint64_t rank) {
+  uint64_t seen = best.load(std::memory_order_relaxed);
+  while (seen < rank && !best.compare_exchange_weak(seen, rank, std::memory_order_relaxed)) {
+  }
+}
+
+inline void head_argmax(Team& team, const HeadArgmax& call) {
+  Linear product = {};
+  product.rows = call.rows;
+  product.in = call.in;
+  product.out = call.vocab;
+  product.x = call.x;
+  product.weight = call.weight;
+  product.weight_dtype = call.weight_dtype;
+  product.workspace = call.workspace;
+  std::unique_ptr<std::atomic<uint64_t>[]> best(new std::atomic<uint64_t>[call.rows]);
+  std::unique_ptr<std::atomic<bool>[]> is_bad(new std::atomic<bool>[call.rows]);
+  for (int64_t row = 0; row < call.rows; ++row) {
+    best[row].store(0, std::memory_order_relaxed);
+    is_bad[row].store(false, std::memory_order_relaxed);
+  }
+  const auto finish = [&](int64_t first_row, int64_t rows, int64_t panel, const float* sums) {
+    const int64_t first = panel * kPanel, count = std::min(kPanel, call.vocab - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* s = sums + r * kPanel;
+      float highest = s[0], zeros = 0.0f;
+      int64_t at = 0;
+      if (count == kPanel) {
+        Vf top = load(s), zero = load(s) * broadcast(0.0f);
+        for (int j = kLanes; j < kPanel; j += kLanes) {
+          top = max(top, load(s + j));
+          zero = zero + load(s + j) * broadcast(0.0f);
+        }
+        highest = max(top);
+        zeros = sum(zero);
+      } else {
+        for (int64_t j = 0; j < count; ++j) {
+          highest = s[j] > highest ? s[j] : highest;
+          zeros += s[j] * 0.0f;
+        }
+      }
+      // 0 * x is not 0 only of an x that is not finite.
+      if (zeros != 0.0f) is_bad[first_row + r].store(true, std::memory_order_relaxed);
+      if (rank_of(highest, first) < best[first_row + r].load(std::memory_order_relaxed)) continue;
+      while (at < count - 1 && s[at] != highest) ++at;
+      raise_to(best[first_row + r], rank_of(highest, first + at));
+    }
+  };
+  multiply(team, product, round_up(call.vocab, kPanel) / kPanel, finish);
+  for (int64_t row = 0; row < call.rows; ++row) {
+    const uint64_t rank = best[row].load(std::memory_order_relaxed);
+    call.token[row] = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank));
+    call.is_bad[row] = is_bad[row].load(std::memory_order_relaxed);
+  }
+}
+
+}  // namespace quire::QUIRE_LEVEL

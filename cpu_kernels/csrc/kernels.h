@@ -1,0 +1,87 @@
+// What a level offers: the same operations, in the instructions of that level.
+
+#pragma once
+
+#include <cstdint>
+
+#include "pool.h"
+
+namespace quire {
+
+enum class Dtype : int32_t { kF32, kBf16, kF16 };  // f16: KV pages alone
+
+// Outputs of a packed weight lie in panels of so many; an input is padded to a multiple of kDepth.
+constexpr int64_t kPanel = 32;
+constexpr int64_t kDepth = 32;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// y = act(norm(x) W^T + bias) + residual. With `gated`, W has a panel of 16 gates and their 16 ups
+// for every 16 outputs, and act is silu(gate) * up.
+struct Linear {
+  int64_t rows, in, out;
+  const void* x;  // [rows, in], x_dtype
+  Dtype x_dtype;
+  const void* weight;  // packed
+  Dtype weight_dtype;
+  const void* norm;  // [in], vector_dtype; null: none
+  float epsilon;
+  const void* bias;  // [out], or [2 * out] if gated, vector_dtype; null: none
+  Dtype vector_dtype;
+  const float* residual;  // [rows, out]; null: none
+  bool is_exact;          // x is kept to twice the bits of bf16
+  bool is_gated;
+  void* y;  // [rows, out], y_dtype
+  Dtype y_dtype;
+  void* workspace;  // workspace_bytes(rows, in)
+};
+
+// The highest logit of each row and where it is.
+struct HeadArgmax {
+  int64_t rows, in, vocab;
+  const float* x;  // [rows, in]
+  const void* weight;
+  Dtype weight_dtype;
+  int32_t* token;   // [rows], the lowest id of the highest logit
+  int32_t* is_bad;  // [rows], 1 if a logit is not finite
+  void* workspace;  // workspace_bytes(rows, in)
+};
+
+constexpr int64_t workspace_bytes(int64_t rows, int64_t in) {
+  return round_up(rows, 16) * round_up(in, kDepth) * 4;
+}
+
+struct Attention {
+  int64_t tokens, rows, width, heads, kv_heads, head_dim, value_dim, num_pages, page_size;
+  const float* qkv;  // [tokens, (heads + kv_heads) * head_dim + kv_heads * value_dim]
+  const float* cos;  // [tokens, head_dim], null: no rotation
+  const float* sin;  // the same, the first half negative
+  const void* q_norm;  // [head_dim], vector_dtype, null: none
+  const void* k_norm;
+  Dtype vector_dtype;
+  float epsilon;
+  float scale;
+  float soft_cap;      // 0: none
+  const float* sinks;  // [heads], null: none
+  void* k;             // [num_pages, kv_heads, page_size, head_dim], kv_dtype
+  void* v;             // [num_pages, kv_heads, page_size, value_dim]; null: the first columns of k
+  Dtype kv_dtype;
+  const int32_t *attend_from, *attend_to, *token_row, *write_page, *write_offset;  // [tokens]
+  const int32_t* page_table;  // [rows, width]
+  const int32_t *num_single, *num_items;              // []
+  const int32_t *item_row, *item_first, *item_count;  // [items]
+  int64_t items;
+  float* q;    // [tokens, heads, head_dim], scratch
+  float* out;  // [tokens, heads * value_dim]
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear)(Team&, const Linear&);
+  void (*head_argmax)(Team&, const HeadArgmax&);
+  void (*attention)(Team&, const Attention&);
+};
+
+}  // namespace quire

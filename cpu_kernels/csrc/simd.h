@@ -1,0 +1,195 @@
+// Vectors of the level that this file is compiled for, and the few operations the kernels need.
+//
+// Every operation is explicit (the compiler may not fuse or reorder floating-point arithmetic), so
+// that a number does not depend on which instantiation of a template computed it.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace quire::QUIRE_LEVEL {
+
+using bf16 = uint16_t;
+using f16 = uint16_t;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vf __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t Vi __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t Vu __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t Vh __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+inline Vf load(const float* p) { return *reinterpret_cast<const Vf*>(p); }
+inline void store(float* p, Vf v) { *reinterpret_cast<Vf*>(p) = v; }
+inline Vf broadcast(float x) { return x - Vf{}; }
+
+inline Vf fma(Vf a, Vf b, Vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vf max(Vf a, Vf b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Vf from_bf16(const bf16* p) {
+  const Vh h = *reinterpret_cast<const Vh*>(p);
+  return (Vf)(__builtin_convertvector(h, Vu) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline bf16 to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<bf16>((bits >> 16) | 0x40);
+  return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_bf16(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline void store_bf16(bf16* p, Vf v) {
+  const Vu bits = (Vu)v;
+  const Vu is_nan = (Vu)(v != v);
+  const Vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Vu chosen = (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded);
+  *reinterpret_cast<Vh*>(p) = __builtin_convertvector(chosen, Vh);
+}
+
+// IEEE half precision, bit by bit: numbers below its normal range are scaled in, not looked up.
+inline float from_f16(f16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, magnitude = x & 0x7fff;
+  uint32_t bits = magnitude << 13;
+  float value;
+  if (magnitude >= 0x7c00) {
+    bits |= 0x7f800000;
+    std::memcpy(&value, &bits, 4);
+  } else {
+    std::memcpy(&value, &bits, 4);
+    value *= 0x1p112f;
+  }
+  std::memcpy(&bits, &value, 4);
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Rounds to nearest, ties to even, and saturates: infinity would become NaN in a softmax.
+inline f16 to_f16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<f16>(sign | 0x7e00);
+  if (magnitude >= 0x477fe000) return static_cast<f16>(sign | 0x7bff);
+  if (magnitude < 0x38800000) {
+    // Adding 1/2 lets the processor round to multiples of 2^-24.
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value += 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &value, 4);
+    return static_cast<f16>(sign | (rounded - 0x3f000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000;
+  return static_cast<f16>(sign | std::min<uint32_t>(rounded >> 13, 0x7bff));
+}
+
+#if defined(__AVX512F__)
+inline Vf from_f16(const f16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#elif defined(__F16C__)
+inline Vf from_f16(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#elif defined(__aarch64__)
+inline Vf from_f16(const f16* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+#else
+inline Vf from_f16(const f16* p) {
+  Vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = from_f16(p[i]);
+  return v;
+}
+#endif
+
+// Sum and maximum over the lanes, always in the same order.
+inline float sum(Vf v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+inline float max(Vf v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// e^x to 2 units in the last place for x <= 88; 0 below -87.3 (also for -infinity); NaN stays NaN.
+// Cephes' reduction: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r.
+inline Vf exp(Vf x) {
+  const Vf highest = broadcast(88.3762626647949f), lowest = broadcast(-87.3365447505f);
+  const Vi is_low = x < lowest;
+  Vf clamped = x > highest ? highest : x;
+  clamped = is_low ? lowest : clamped;
+  // Adding 1.5 * 2^23 rounds to a whole number, which its low bits then hold.
+  const Vf magic = broadcast(12582912.0f);
+  const Vf shifted = fma(clamped, broadcast(1.44269504088896341f), magic);
+  const Vf n = shifted - magic;
+  Vf r = fma(n, broadcast(-0.693359375f), clamped);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vf p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r + broadcast(1.0f));
+  const Vf scale = (Vf)(((Vi)shifted - (Vi)magic + 127) << 23);
+  const Vf result = p * scale;
+  return is_low ? Vf{} : result;
+}
+
+inline Vf silu(Vf x) { return x / (broadcast(1.0f) + exp(-x)); }
+
+}  // namespace quire::QUIRE_LEVEL

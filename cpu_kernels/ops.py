@@ -1,0 +1,134 @@
+"""The library's ops on jax arrays. Shapes are checked by who calls; dtypes are those of load().
+
+A packed weight is [panels, bytes of a panel / itemsize]: see csrc/linear.h.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PANEL, DEPTH = 32, 32  # outputs of a panel; inputs are padded to a multiple of the other
+GATED_PANEL = 16  # outputs of a panel that holds gates and ups
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A matrix [rows, columns] as it is in the checkpoint; gated: its first half are gates."""
+
+    rows: int
+    columns: int
+    is_gated: bool = False
+
+    @property
+    def packed(self) -> tuple[int, int]:
+        half = _round_up(self.rows // 2, GATED_PANEL) * 2
+        rows = half if self.is_gated else _round_up(self.rows, PANEL)
+        return rows // PANEL, PANEL * _round_up(self.columns, DEPTH)
+
+
+def linear(
+    x: jax.Array,  # f32 or bf16 [tokens, in]
+    weight: jax.Array,  # packed
+    out: int,
+    *,
+    norm: jax.Array | None = None,  # [in], in the weight's dtype
+    epsilon: float = 0.0,
+    bias: jax.Array | None = None,  # [out], or [2 * out] if gated, in the weight's dtype
+    residual: jax.Array | None = None,  # f32[tokens, out]
+    is_exact: bool = False,
+    is_gated: bool = False,
+) -> jax.Array:
+    """residual + act(rms_norm(x) W^T + bias) [tokens, out]: in f32, or the weight's dtype if gated.
+
+    is_exact: x is kept to twice the bits of bfloat16. is_gated: act is silu(gate) * up.
+    """
+    tokens, width = x.shape
+    dtype = weight.dtype if is_gated else jnp.float32
+    call = jax.ffi.ffi_call(
+        "quire_linear",
+        (jax.ShapeDtypeStruct((tokens, out), dtype), _workspace(tokens, width)),
+    )
+    absent = jnp.zeros((0,), weight.dtype)
+    return call(
+        x,
+        weight,
+        absent if norm is None else norm,
+        absent if bias is None else bias,
+        jnp.zeros((0,), jnp.float32) if residual is None else residual,
+        epsilon=epsilon,
+        is_exact=is_exact,
+        is_gated=is_gated,
+    )[0]
+
+
+def head_argmax(x: jax.Array, weight: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
+    """i32[rows] lowest id of the highest logit, and i32[rows] 1 where a logit is not finite.
+
+    x: f32[rows, in]; no logits are written.
+    """
+    rows, width = x.shape
+    ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    call = jax.ffi.ffi_call("quire_head_argmax", (ids, ids, _workspace(rows, width)))
+    token, is_bad, _ = call(x, weight, vocab=vocab)
+    return token, is_bad
+
+
+def embed(ids: jax.Array, table: jax.Array, vocab: int, hidden: int) -> jax.Array:
+    """f32[tokens, hidden]: rows of a packed table; ids outside the vocabulary give zeros."""
+    result = jax.ShapeDtypeStruct((ids.shape[0], hidden), jnp.float32)
+    made: jax.Array = jax.ffi.ffi_call("quire_embed", result)(ids, table, vocab=vocab)
+    return made
+
+
+def attention(
+    qkv: jax.Array,  # f32[tokens, (heads + kv_heads) * head_dim + kv_heads * value_dim]
+    k: jax.Array,  # [pages, kv_heads, page_size, head_dim]
+    v: jax.Array | None,  # [pages, kv_heads, page_size, value_dim]; None: the first columns of k
+    batch: tuple[jax.Array, ...],  # the arrays of an AttentionBatch, in its order
+    *,
+    heads: int,
+    value_dim: int,
+    scale: float,
+    soft_cap: float | None,
+    sinks: jax.Array | None,  # f32[heads]
+    tables: tuple[jax.Array, jax.Array] | None,  # f32[tokens, head_dim] each; None: no rotation
+    norms: tuple[jax.Array, jax.Array] | None,  # of q and k, [head_dim] each
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """f32[tokens, heads * value_dim], and the cache, written in place."""
+    tokens, head_dim = qkv.shape[0], k.shape[3]
+    empty = jnp.zeros((0,), jnp.float32)
+    pages = (k, jnp.zeros((0,), k.dtype) if v is None else v)
+    made: Any = jax.ffi.ffi_call(
+        "quire_attention",
+        (
+            jax.ShapeDtypeStruct((tokens, heads * value_dim), jnp.float32),
+            *(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in pages),
+            jax.ShapeDtypeStruct((tokens, heads, head_dim), jnp.float32),  # rotated queries
+        ),
+        input_output_aliases={1: 1, 2: 2},
+    )(
+        qkv,
+        *pages,
+        *((empty, empty) if tables is None else tables),
+        *((empty, empty) if norms is None else norms),
+        empty if sinks is None else sinks,
+        *batch,
+        heads=heads,
+        value_dim=value_dim,
+        epsilon=epsilon,
+        scale=scale,
+        soft_cap=soft_cap or 0.0,
+    )
+    return made[0], made[1], None if v is None else made[2]
+
+
+def _workspace(tokens: int, width: int) -> jax.ShapeDtypeStruct:
+    """Room for the prepared input: workspace_bytes of csrc/kernels.h."""
+    return jax.ShapeDtypeStruct((_round_up(tokens, 16) * _round_up(width, DEPTH) * 4,), jnp.uint8)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

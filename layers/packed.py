@@ -1,0 +1,66 @@
+"""Weights in the form of the C++ kernels for CPUs, which fuse what stands around a product."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+
+from ..cpu_kernels import ops
+from .linear import Norm
+from .param import Leaf
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["shape"])
+@dataclass(frozen=True)
+class PackedWeight:
+    """A Matrix; its form serves any number of rows. gated() needs a shape that is gated, the others
+    one that is not.
+    """
+
+    w: Leaf  # [panels, panel]
+    shape: ops.Shape
+
+    def product(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        *,
+        norm: Norm | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        return self._call(x, bias, norm, residual=residual)
+
+    def exact_product(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+        return self._call(x, bias, norm, is_exact=True)
+
+    def gated(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+        assert self.shape.is_gated
+        weight, epsilon = norm.weight, norm.epsilon
+        out = self.shape.rows // 2
+        return ops.linear(x, self.w, out, norm=weight, epsilon=epsilon, bias=bias, is_gated=True)
+
+    def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return ops.head_argmax(x, self.w, self.shape.rows)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        return ops.embed(ids, self.w, self.shape.rows, self.shape.columns)
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape.rows
+
+    def _call(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        norm: Norm | None,
+        *,
+        residual: jax.Array | None = None,
+        is_exact: bool = False,
+    ) -> jax.Array:
+        assert not self.shape.is_gated
+        weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.epsilon)
+        return ops.linear(
+            x, self.w, self.shape.rows, norm=weight, epsilon=epsilon, bias=bias,
+            residual=residual, is_exact=is_exact,
+        )  # fmt: skip

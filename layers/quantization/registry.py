@@ -1,0 +1,28 @@
+"""Which format holds the weights."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...pallas_kernels.registry import Ops
+from ..param import Param
+from .packed import Packed
+from .plain import Plain
+
+
+class WeightFormat(Protocol):
+    """How a Param's bytes are held."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def shape(self, param: Param) -> tuple[int, ...]: ...
+
+    def prepare(self, param: Param, values: np.ndarray) -> np.ndarray: ...
+
+    def wrap(self, param: Param, array: Any) -> Any: ...
+
+
+def choose_format(dtype: np.dtype, ops: Ops) -> WeightFormat:
+    """The format for unquantized weights of `dtype`."""
+    return Packed(dtype) if ops.linear == "native" else Plain(dtype)
