@@ -7,7 +7,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "linear.h"
@@ -85,20 +87,29 @@ struct Piece {
   int64_t kv_head;
 };
 
-// Of one query row over one segment: sum of e^(s - highest) v, the sum of weights, the maximum.
-struct Partial {
-  std::vector<float> values;  // [segments][rows][value_width]
-  std::vector<float> totals;  // [segments][rows]
-  std::vector<float> highest;
+// Numbers that begin at a cache line: a vector that lies across two takes two loads.
+class Floats {
+ public:
+  float* get(int64_t count) {
+    if (count > capacity_) {
+      floats_.reset(static_cast<float*>(std::aligned_alloc(64, round_up(count * 4, 64))));
+      if (!floats_) throw std::bad_alloc();
+      capacity_ = count;
+    }
+    return floats_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> floats_;
+  int64_t capacity_ = 0;
 };
 
+// What a thread keeps from piece to piece.
 struct Scratch {
-  std::vector<float> rows;        // [kChunk][width], f32 keys
-  std::vector<float> keys;        // [head_dim, padded][kChunk]
-  std::vector<float> values;      // [kChunk][value_width]
-  std::vector<float> scores;      // [query rows][kChunk]
-  std::vector<float> lane_total;  // [query rows][kLanes]
-  Partial partial;
+  Floats rows, keys, values, scores, lane_totals, sums, totals, highest;
 };
 
 inline void transpose(Vf (&rows)[kLanes]) {
@@ -119,35 +130,45 @@ inline void transpose(Vf (&rows)[kLanes]) {
   }
 }
 
-// `used` numbers of a row of the cache as f32.
-inline void widen(const void* cache, Dtype dtype, int64_t row, int64_t dim, int64_t used, float* to) {
-  int64_t i = 0;
-  if (dtype == Dtype::kF32) {
-    std::memcpy(to, static_cast<const float*>(cache) + row * dim, used * sizeof(float));
-  } else if (dtype == Dtype::kBf16) {
-    const bf16* from = static_cast<const bf16*>(cache) + row * dim;
-    for (; i + kLanes <= used; i += kLanes) store(to + i, from_bf16(from + i));
-    for (; i < used; ++i) to[i] = from_bf16(from[i]);
-  } else {
-    const f16* from = static_cast<const f16*>(cache) + row * dim;
-    for (; i + kLanes <= used; i += kLanes) store(to + i, from_f16(from + i));
-    for (; i < used; ++i) to[i] = from_f16(from[i]);
+struct Bf16 {
+  bf16 bits;
+};
+struct F16 {
+  f16 bits;
+};
+inline Vf widened(const float* p) { return load(p); }
+inline Vf widened(const Bf16* p) { return from_bf16(&p->bits); }
+inline Vf widened(const F16* p) { return from_f16(&p->bits); }
+inline float widened_one(float x) { return x; }
+inline float widened_one(Bf16 x) { return from_bf16(x.bits); }
+inline float widened_one(F16 x) { return from_f16(x.bits); }
+
+// `count` rows of `dim` numbers that follow each other, as f32 rows of `width` with zeros after them.
+template <typename Element>
+void widen(const Element* from, int64_t count, int64_t dim, int64_t used, float* to, int64_t width) {
+  for (int64_t row = 0; row < count; ++row, from += dim, to += width) {
+    int64_t i = 0;
+    for (; i + kLanes <= used; i += kLanes) store(to + i, widened(from + i));
+    for (; i < used; ++i) to[i] = widened_one(from[i]);
+    for (; i < width; ++i) to[i] = 0.0f;
   }
 }
 
 // f32 rows [kChunk][width] of a cache at positions [begin, end) of the chunk; zeros elsewhere.
-inline void gather(const Attention& call, const Piece& piece, const void* cache, int64_t dim,
-                   int64_t chunk, int64_t begin, int64_t end, int64_t used, float* to,
-                   int64_t width) {
+template <typename Element>
+void gather(const Attention& call, const Piece& piece, const Element* cache, int64_t dim,
+            int64_t chunk, int64_t begin, int64_t end, float* to, int64_t width) {
   const int32_t* table = call.page_table + piece.row * call.width;
+  const int64_t used = std::min(width, dim);
   std::fill_n(to, begin * width, 0.0f);
   std::fill_n(to + end * width, (kChunk - end) * width, 0.0f);
-  for (int64_t key = begin; key < end; ++key) {
-    const int64_t position = chunk + key, page = table[position / call.page_size];
-    const int64_t row =
-        (page * call.kv_heads + piece.kv_head) * call.page_size + position % call.page_size;
-    widen(cache, call.kv_dtype, row, dim, used, to + key * width);
-    std::fill_n(to + key * width + used, width - used, 0.0f);
+  for (int64_t key = begin; key < end;) {
+    const int64_t in_table = (chunk + key) / call.page_size;
+    const int64_t offset = chunk + key - in_table * call.page_size;
+    const int64_t count = std::min(call.page_size - offset, end - key);
+    const int64_t row = (table[in_table] * call.kv_heads + piece.kv_head) * call.page_size + offset;
+    widen(cache + row * dim, count, dim, used, to + key * width, width);
+    key += count;
   }
 }
 
@@ -217,28 +238,31 @@ inline Vf soft_capped(Vf s, float cap) {
   return broadcast(cap) * (broadcast(1.0f) - broadcast(2.0f) / (e + broadcast(1.0f)));
 }
 
-// Scores to weights in place. Returns by what the row's earlier sums shrink.
-inline float soften(const Attention& call, float* scores, int64_t from, int64_t to, float& highest,
+// Scores to weights in place; keys [from, to) are seen. Returns by what the row's earlier sums shrink.
+inline float soften(float soft_cap, float* scores, int64_t from, int64_t to, float& highest,
                     float* lane_total) {
-  Vi lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  Vf top = broadcast(kHidden);
-  for (int64_t key = 0; key < kChunk; key += kLanes) {
-    Vf s = load(scores + key);
-    if (call.soft_cap != 0.0f) s = soft_capped(s, call.soft_cap);
-    const Vi at = lane + static_cast<int32_t>(key);
-    const Vi sees = (at >= static_cast<int32_t>(from)) & (at < static_cast<int32_t>(to));
-    s = sees ? s : broadcast(kHidden);
-    top = max(top, s);
-    store(scores + key, s);
+  Vf s[kChunk / kLanes];
+  for (int64_t i = 0; i < kChunk / kLanes; ++i) {
+    s[i] = load(scores + i * kLanes);
+    if (soft_cap != 0.0f) s[i] = soft_capped(s[i], soft_cap);
   }
+  if (from > 0 || to < kChunk) {
+    Vi lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    const Vi low = lane - static_cast<int32_t>(from), high = lane - static_cast<int32_t>(to);
+    for (int32_t i = 0; i < kChunk / kLanes; ++i) {
+      s[i] = (low + i * kLanes >= 0) & (high + i * kLanes < 0) ? s[i] : broadcast(kHidden);
+    }
+  }
+  Vf top = s[0];
+  for (int64_t i = 1; i < kChunk / kLanes; ++i) top = max(top, s[i]);
   const float now = std::max(highest, max(top));
   const Vf base = broadcast(now);
   Vf total = {};
-  for (int64_t key = 0; key < kChunk; key += kLanes) {
-    const Vf weight = exp(load(scores + key) - base);
+  for (int64_t i = 0; i < kChunk / kLanes; ++i) {
+    const Vf weight = exp(s[i] - base);
     total = total + weight;
-    store(scores + key, weight);
+    store(scores + i * kLanes, weight);
   }
   const float shrink = highest == now ? 1.0f : exp(broadcast(highest - now))[0];
   store(lane_total, load(lane_total) * broadcast(shrink) + total);
@@ -249,7 +273,7 @@ inline float soften(const Attention& call, float* scores, int64_t from, int64_t 
 class PieceWork {
  public:
   PieceWork(const Attention& call, const Piece& piece, Scratch& scratch)
-      : call_(call), piece_(piece), scratch_(scratch), group_(call.heads / call.kv_heads),
+      : call_(call), piece_(piece), group_(call.heads / call.kv_heads),
         rows_(piece.count * group_), dim_(round_up(call.head_dim, kLanes)),
         width_(round_up(call.value_dim, kLanes)) {
     lowest_ = INT32_MAX;
@@ -259,16 +283,18 @@ class PieceWork {
       end_ = std::max<int64_t>(end_, call.attend_to[t]);
     }
     lowest_ = std::min(lowest_, end_);
-    scratch.rows.resize(kChunk * std::max(dim_, width_));
-    scratch.keys.resize(dim_ * kChunk);
-    scratch.values.resize(kChunk * width_);
-    scratch.scores.resize(rows_ * kChunk);
-    scratch.lane_total.resize(rows_ * kLanes);
     first_segment_ = lowest_ / kSegment;
     num_segments_ = std::max<int64_t>(1, (end_ + kSegment - 1) / kSegment - first_segment_);
-    scratch.partial.values.assign(num_segments_ * rows_ * width_, 0.0f);
-    scratch.partial.totals.resize(num_segments_ * rows_);
-    scratch.partial.highest.assign(num_segments_ * rows_, kLowest);
+    key_rows_ = scratch.rows.get(kChunk * dim_);
+    keys_ = scratch.keys.get(dim_ * kChunk);
+    values_ = scratch.values.get(kChunk * width_);
+    scores_ = scratch.scores.get(rows_ * kChunk);
+    lane_totals_ = scratch.lane_totals.get(rows_ * kLanes);
+    sums_ = scratch.sums.get(num_segments_ * rows_ * width_);
+    totals_ = scratch.totals.get(num_segments_ * rows_);
+    highest_ = scratch.highest.get(num_segments_ * rows_);
+    std::fill_n(sums_, num_segments_ * rows_ * width_, 0.0f);
+    std::fill_n(highest_, num_segments_ * rows_, kLowest);
   }
 
   void run() {
@@ -283,76 +309,83 @@ class PieceWork {
   void attend(int64_t segment) {
     const int64_t begin = (first_segment_ + segment) * kSegment;
     const int64_t end = std::min(end_, begin + kSegment);
-    std::fill(scratch_.lane_total.begin(), scratch_.lane_total.end(), 0.0f);
+    std::fill_n(lane_totals_, rows_ * kLanes, 0.0f);
     for (int64_t chunk = std::max(begin, lowest_ / kChunk * kChunk); chunk < end; chunk += kChunk) {
-      attend_chunk(segment, chunk);
+      attend_chunk(segment * rows_, chunk);
     }
     for (int64_t row = 0; row < rows_; ++row) {
-      scratch_.partial.totals[segment * rows_ + row] = sum(load(&scratch_.lane_total[row * kLanes]));
+      totals_[segment * rows_ + row] = sum(QUIRE_LEVEL::load(lane_totals_ + row * kLanes));
     }
   }
 
-  void attend_chunk(int64_t segment, int64_t chunk) {
+  // first: of the segment's rows among all partial results.
+  void attend_chunk(int64_t first, int64_t chunk) {
     const int64_t begin = std::max<int64_t>(0, lowest_ - chunk);
     const int64_t end = std::min(kChunk, end_ - chunk);
-    load_keys(chunk, begin, end);
-    gather(call_, piece_, call_.v == nullptr ? call_.k : call_.v,
-           call_.v == nullptr ? call_.head_dim : call_.value_dim, chunk, begin, end, call_.value_dim,
-           scratch_.values.data(), width_);
+    load(call_.k, call_.head_dim, chunk, begin, end, key_rows_, dim_);
+    transpose_keys();
+    if (call_.v == nullptr) load(call_.k, call_.head_dim, chunk, begin, end, values_, width_);
+    else load(call_.v, call_.value_dim, chunk, begin, end, values_, width_);
     for (int64_t row = 0; row < rows_; row += kQueryRows) {
       const int64_t count = std::min<int64_t>(kQueryRows, rows_ - row);
       const float* q[kQueryRows];
       for (int64_t r = 0; r < count; ++r) {
         q[r] = call_.q + (token_of(row + r) * call_.heads + head_of(row + r)) * call_.head_dim;
       }
-      float* scores = &scratch_.scores[row * kChunk];
-      score_rows<kQueryRows>(count, q, scratch_.keys.data(), call_.head_dim, scores);
-      float* values = &scratch_.partial.values[(segment * rows_ + row) * width_];
+      float* scores = scores_ + row * kChunk;
+      score_rows<kQueryRows>(count, q, keys_, call_.head_dim, scores);
+      float* sums = sums_ + (first + row) * width_;
       for (int64_t r = 0; r < count; ++r) {
         const int64_t token = token_of(row + r);
-        const float shrink = soften(
-            call_, scores + r * kChunk, call_.attend_from[token] - chunk,
-            call_.attend_to[token] - chunk, scratch_.partial.highest[segment * rows_ + row + r],
-            &scratch_.lane_total[(row + r) * kLanes]);
+        const float shrink = soften(call_.soft_cap, scores + r * kChunk,
+                                    call_.attend_from[token] - chunk, call_.attend_to[token] - chunk,
+                                    highest_[first + row + r], lane_totals_ + (row + r) * kLanes);
         if (shrink == 1.0f) continue;
-        for (int64_t i = 0; i < width_; i += kLanes) {
-          store(values + r * width_ + i, load(values + r * width_ + i) * broadcast(shrink));
+        for (float* s = sums + r * width_; s < sums + (r + 1) * width_; s += kLanes) {
+          store(s, QUIRE_LEVEL::load(s) * broadcast(shrink));
         }
       }
-      value_rows<kQueryRows>(count, scores, scratch_.values.data(), width_, values);
+      value_rows<kQueryRows>(count, scores, values_, width_, sums);
+    }
+  }
+
+  void load(const void* cache, int64_t dim, int64_t chunk, int64_t begin, int64_t end, float* to,
+            int64_t width) {
+    switch (call_.kv_dtype) {
+      case Dtype::kF32:
+        return gather(call_, piece_, static_cast<const float*>(cache), dim, chunk, begin, end, to, width);
+      case Dtype::kBf16:
+        return gather(call_, piece_, static_cast<const Bf16*>(cache), dim, chunk, begin, end, to, width);
+      case Dtype::kF16:
+        return gather(call_, piece_, static_cast<const F16*>(cache), dim, chunk, begin, end, to, width);
     }
   }
 
   // Keys of the chunk with a lane for each.
-  void load_keys(int64_t chunk, int64_t begin, int64_t end) {
-    gather(call_, piece_, call_.k, call_.head_dim, chunk, begin, end, call_.head_dim,
-           scratch_.rows.data(), dim_);
+  void transpose_keys() {
     for (int64_t key = 0; key < kChunk; key += kLanes) {
       for (int64_t i = 0; i < dim_; i += kLanes) {
         Vf block[kLanes];
-        for (int j = 0; j < kLanes; ++j) block[j] = load(&scratch_.rows[(key + j) * dim_ + i]);
+        for (int j = 0; j < kLanes; ++j) block[j] = QUIRE_LEVEL::load(key_rows_ + (key + j) * dim_ + i);
         transpose(block);
-        for (int j = 0; j < kLanes; ++j) store(&scratch_.keys[(i + j) * kChunk + key], block[j]);
+        for (int j = 0; j < kLanes; ++j) store(keys_ + (i + j) * kChunk + key, block[j]);
       }
     }
   }
 
   void combine(int64_t row) {
-    const Partial& partial = scratch_.partial;
     const bool has_sink = call_.sinks != nullptr;
     const float sink = has_sink ? call_.sinks[head_of(row)] : kLowest;
     float highest = sink;
-    for (int64_t s = 0; s < num_segments_; ++s) {
-      highest = std::max(highest, partial.highest[s * rows_ + row]);
-    }
+    for (int64_t s = 0; s < num_segments_; ++s) highest = std::max(highest, highest_[s * rows_ + row]);
     float total = has_sink ? exp(broadcast(sink - highest))[0] : 0.0f;
     float* out = call_.out + (token_of(row) * call_.heads + head_of(row)) * call_.value_dim;
     std::fill_n(out, call_.value_dim, 0.0f);
     for (int64_t s = 0; s < num_segments_; ++s) {
-      const float share = exp(broadcast(partial.highest[s * rows_ + row] - highest))[0];
-      total += partial.totals[s * rows_ + row] * share;
-      const float* values = &partial.values[(s * rows_ + row) * width_];
-      for (int64_t i = 0; i < call_.value_dim; ++i) out[i] += values[i] * share;
+      const float share = exp(broadcast(highest_[s * rows_ + row] - highest))[0];
+      total += totals_[s * rows_ + row] * share;
+      const float* sums = sums_ + (s * rows_ + row) * width_;
+      for (int64_t i = 0; i < call_.value_dim; ++i) out[i] += sums[i] * share;
     }
     const float factor = 1.0f / std::max(total, kTiny);
     for (int64_t i = 0; i < call_.value_dim; ++i) out[i] *= factor;
@@ -360,9 +393,16 @@ class PieceWork {
 
   const Attention& call_;
   const Piece piece_;
-  Scratch& scratch_;
   const int64_t group_, rows_, dim_, width_;
   int64_t lowest_, end_ = 0, first_segment_, num_segments_;
+  float* key_rows_;     // [kChunk][dim]
+  float* keys_;         // [dim][kChunk]
+  float* values_;       // [kChunk][width]
+  float* scores_;       // [rows][kChunk]
+  float* lane_totals_;  // [rows][kLanes], of the segment: sums of weights
+  float* sums_;         // [segments][rows][width]: sums of e^(score - highest) v
+  float* totals_;       // [segments][rows]: sums of weights
+  float* highest_;      // [segments][rows]
 };
 
 inline void attention(Team& team, const Attention& call) {

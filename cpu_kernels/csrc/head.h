@@ -25,27 +25,22 @@ inline void raise_to(std::atomic<uint64_t>& best, uint64_t rank) {
   }
 }
 
-inline void head_argmax(Team& team, const HeadArgmax& call) {
-  Linear product = {};
-  product.rows = call.rows;
-  product.in = call.in;
-  product.out = call.vocab;
-  product.x = call.x;
-  product.weight = call.weight;
-  product.weight_dtype = call.weight_dtype;
-  product.workspace = call.workspace;
-  std::unique_ptr<std::atomic<uint64_t>[]> best(new std::atomic<uint64_t>[call.rows]);
-  std::unique_ptr<std::atomic<bool>[]> is_bad(new std::atomic<bool>[call.rows]);
-  for (int64_t row = 0; row < call.rows; ++row) {
-    best[row].store(0, std::memory_order_relaxed);
-    is_bad[row].store(false, std::memory_order_relaxed);
+// Keeps the best of each row, and whether one of its logits is not finite.
+class Highest {
+ public:
+  explicit Highest(const HeadArgmax& call)
+      : call_(call), best_(new std::atomic<uint64_t>[call.rows]), is_bad_(new std::atomic<bool>[call.rows]) {
+    for (int64_t row = 0; row < call.rows; ++row) {
+      best_[row].store(0, std::memory_order_relaxed);
+      is_bad_[row].store(false, std::memory_order_relaxed);
+    }
   }
-  const auto finish = [&](int64_t first_row, int64_t rows, int64_t panel, const float* sums) {
-    const int64_t first = panel * kPanel, count = std::min(kPanel, call.vocab - first);
+
+  void operator()(int64_t first_row, int64_t rows, int64_t panel, const float* sums) const {
+    const int64_t first = panel * kPanel, count = std::min(kPanel, call_.vocab - first);
     for (int64_t r = 0; r < rows; ++r) {
       const float* s = sums + r * kPanel;
       float highest = s[0], zeros = 0.0f;
-      int64_t at = 0;
       if (count == kPanel) {
         Vf top = load(s), zero = load(s) * broadcast(0.0f);
         for (int j = kLanes; j < kPanel; j += kLanes) {
@@ -61,18 +56,41 @@ inline void head_argmax(Team& team, const HeadArgmax& call) {
         }
       }
       // 0 * x is not 0 only of an x that is not finite.
-      if (zeros != 0.0f) is_bad[first_row + r].store(true, std::memory_order_relaxed);
-      if (rank_of(highest, first) < best[first_row + r].load(std::memory_order_relaxed)) continue;
+      if (zeros != 0.0f) is_bad_[first_row + r].store(true, std::memory_order_relaxed);
+      std::atomic<uint64_t>& best = best_[first_row + r];
+      if (rank_of(highest, first) < best.load(std::memory_order_relaxed)) continue;
+      int64_t at = 0;
       while (at < count - 1 && s[at] != highest) ++at;
-      raise_to(best[first_row + r], rank_of(highest, first + at));
+      raise_to(best, rank_of(highest, first + at));
     }
-  };
-  multiply(team, product, round_up(call.vocab, kPanel) / kPanel, finish);
-  for (int64_t row = 0; row < call.rows; ++row) {
-    const uint64_t rank = best[row].load(std::memory_order_relaxed);
-    call.token[row] = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank));
-    call.is_bad[row] = is_bad[row].load(std::memory_order_relaxed);
   }
+
+  void write() const {
+    for (int64_t row = 0; row < call_.rows; ++row) {
+      const auto rank = static_cast<uint32_t>(best_[row].load(std::memory_order_relaxed));
+      call_.token[row] = static_cast<int32_t>(0xffffffffu - rank);
+      call_.is_bad[row] = is_bad_[row].load(std::memory_order_relaxed);
+    }
+  }
+
+ private:
+  const HeadArgmax& call_;
+  const std::unique_ptr<std::atomic<uint64_t>[]> best_;
+  const std::unique_ptr<std::atomic<bool>[]> is_bad_;
+};
+
+inline void head_argmax(Team& team, const HeadArgmax& call) {
+  Linear product = {};
+  product.rows = call.rows;
+  product.in = call.in;
+  product.out = call.vocab;
+  product.x = call.x;
+  product.weight = call.weight;
+  product.weight_dtype = call.weight_dtype;
+  product.workspace = call.workspace;
+  const Highest highest(call);
+  multiply(team, product, round_up(call.vocab, kPanel) / kPanel, highest);
+  highest.write();
 }
 
 }  // namespace quire::QUIRE_LEVEL

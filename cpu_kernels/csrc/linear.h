@@ -194,8 +194,6 @@ void float_panels(const Linear& call, const float* x, int64_t begin, int64_t end
 #if defined(__AVX512BF16__)
 
 #if defined(__AMX_BF16__)
-constexpr int kTiles = 2;
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -219,14 +217,16 @@ struct TileSession {
   ~TileSession() { _tile_release(); }
 };
 
+// The loads of a tile do not run ahead far enough to hide the way to memory.
+inline void prefetch_block(const bf16* w) {
+  for (int line = 0; line < 32; ++line) _mm_prefetch(reinterpret_cast<const char*>(w) + line * 64, _MM_HINT_T0);
+}
+
 inline void one_tile(const bf16* a, const bf16* w, int64_t blocks, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
   for (int64_t i = 0; i < blocks; ++i, a += 512, w += 1024) {
-    // The loads of a tile do not run ahead far enough to hide the way to memory.
-    for (int line = 0; line < 32; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(w) + 8192 + line * 64, _MM_HINT_T0);
-    }
+    prefetch_block(w + 4096);
     _tile_loadd(4, a, 64);
     _tile_loadd(6, w, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -237,18 +237,29 @@ inline void one_tile(const bf16* a, const bf16* w, int64_t blocks, float* sums) 
   _tile_stored(1, sums + 16, kPanel * 4);
 }
 
-inline void two_tiles(const bf16* a, int64_t tile_stride, const bf16* w, int64_t blocks, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+// Adds `blocks` more blocks of the input to the sums of 32 rows.
+template <bool kIsFar>
+void two_tiles(const bf16* a, int64_t tile_stride, const bf16* w, int64_t blocks, bool is_first,
+               float* sums) {
+  if (is_first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, kPanel * 4);
+    _tile_loadd(1, sums + 16, kPanel * 4);
+    _tile_loadd(2, sums + 16 * kPanel, kPanel * 4);
+    _tile_loadd(3, sums + 16 * kPanel + 16, kPanel * 4);
+  }
   for (int64_t i = 0; i < blocks; ++i, a += 512, w += 1024) {
+    if (kIsFar) prefetch_block(w + 4096);
     _tile_loadd(4, a, 64);
     _tile_loadd(6, w, 64);
-    _tile_loadd(7, w + 512, 64);
-    _tile_loadd(5, a + tile_stride, 64);
     _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + 512, 64);
     _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + tile_stride, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -257,6 +268,9 @@ inline void two_tiles(const bf16* a, int64_t tile_stride, const bf16* w, int64_t
   _tile_stored(2, sums + 16 * kPanel, kPanel * 4);
   _tile_stored(3, sums + 16 * kPanel + 16, kPanel * 4);
 }
+
+// Blocks of a panel that stay in the nearest cache beside the rows that go by.
+constexpr int64_t kNearBlocks = 9;
 #endif
 
 template <int kRows>
@@ -292,35 +306,44 @@ void pair_rows(int64_t rows, const bf16* a, const bf16* w, int64_t blocks, float
   if constexpr (kRows > 1) pair_rows<kRows - 1>(rows, a, w, blocks, sums);
 }
 
-// The input as tiles [rows / 16][in / 32][16][32] of bf16; with is_exact, rows 2 r and 2 r + 1 are
-// the rounded row r and what rounding left.
-inline void pack_input(Team& team, const Linear& call, bf16* tiles) {
+// Rows [begin, end) of the input as tiles [rows / 16][in / 32][16][32] of bf16; with is_exact, rows
+// 2 r and 2 r + 1 are the rounded row r and what rounding left.
+inline void pack_rows(const Linear& call, int64_t begin, int64_t end, bf16* tiles) {
   const int64_t depth = round_up(call.in, kDepth), blocks = depth / kDepth;
   const int64_t copies = call.is_exact ? 2 : 1;
-  const auto pack = [&](int64_t begin, int64_t end) {
-    alignas(64) float row[1 << 10];
-    std::unique_ptr<float[]> long_row(depth > (1 << 10) ? new float[depth] : nullptr);
-    float* x = long_row ? long_row.get() : row;
-    for (int64_t r = begin; r < end; ++r) {
-      prepare_row(call, r, x, depth);
-      const int64_t virtual_row = r * copies;
-      bf16* to = tiles + virtual_row / 16 * blocks * 512 + virtual_row % 16 * 32;
-      for (int64_t block = 0; block < blocks; ++block) {
-        for (int half = 0; half < 2; ++half) {
-          const __m512 v = _mm512_loadu_ps(x + block * 32 + half * 16);
-          const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + block * 512 + half * 16), rounded);
-          if (call.is_exact) {
-            const __m512 high =
-                _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
-            const __m256i rest = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(v, high));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + block * 512 + 32 + half * 16), rest);
-          }
+  std::unique_ptr<float[]> row(new float[depth]);
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t virtual_row = r * copies;
+    bf16* to = tiles + virtual_row / 16 * blocks * 512 + virtual_row % 16 * 32;
+    if (call.x_dtype == Dtype::kBf16 && call.norm == nullptr && call.in == depth && copies == 1) {
+      const auto* x = static_cast<const bf16*>(call.x) + r * depth;
+      for (int64_t block = 0; block < blocks; ++block) std::memcpy(to + block * 512, x + block * 32, 64);
+      continue;
+    }
+    const float* x = row.get();
+    if (call.x_dtype == Dtype::kF32 && call.norm == nullptr && call.in == depth) {
+      x = static_cast<const float*>(call.x) + r * depth;
+    } else {
+      prepare_row(call, r, row.get(), depth);
+    }
+    for (int64_t block = 0; block < blocks; ++block, to += 512) {
+      for (int half = 0; half < 32; half += 16) {
+        const __m512 v = _mm512_loadu_ps(x + block * 32 + half);
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half), rounded);
+        if (call.is_exact) {
+          const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+          const __m256i rest = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(v, _mm512_castsi512_ps(wide)));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 + half), rest);
         }
       }
     }
-  };
-  if (call.rows * depth <= kSmallPack) pack(0, call.rows);
+  }
+}
+
+inline void pack_input(Team& team, const Linear& call, bf16* tiles) {
+  const auto pack = [&](int64_t begin, int64_t end) { pack_rows(call, begin, end, tiles); };
+  if (call.rows * call.in <= kSmallPack) pack(0, call.rows);
   else team.split(call.rows, 16, 2, pack);
 }
 
@@ -330,8 +353,7 @@ void pair_panels(const Linear& call, const bf16* tiles, int64_t begin, int64_t e
   const int64_t blocks = round_up(call.in, kDepth) / kDepth, tile_stride = blocks * 512;
   const int64_t copies = call.is_exact ? 2 : 1, rows = call.rows * copies;
   const auto* weight = static_cast<const bf16*>(call.weight);
-  alignas(64) float sums[32 * kPanel];
-  const auto done = [&](int64_t row, int64_t count, int64_t panel) {
+  const auto done = [&](int64_t row, int64_t count, int64_t panel, float* sums) {
     if (call.is_exact) {
       for (int64_t r = 0; r < count / 2; ++r) {
         for (int half = 0; half < 32; half += 16) {
@@ -346,31 +368,41 @@ void pair_panels(const Linear& call, const bf16* tiles, int64_t begin, int64_t e
 #if defined(__AMX_BF16__)
   const TileSession session;
   if (rows <= 16) {
+    alignas(64) float sums[16 * kPanel];
     configure_tiles(rows, 1);
     for (int64_t panel = begin; panel < end; ++panel) {
       one_tile(tiles, weight + panel * blocks * 1024, blocks, sums);
-      done(0, rows, panel);
+      done(0, rows, panel, sums);
     }
     return;
   }
   configure_tiles(16, 16);
-  // Rows whose tiles stay in the second-level cache while the panels go by.
-  const int64_t block = std::max<int64_t>(32, (1 << 20) / (blocks * 64) / 32 * 32);
-  for (int64_t top = 0; top < rows; top += block) {
-    const int64_t bottom = std::min(rows, top + block);
+  constexpr int64_t kFarRows = 256;  // rows whose tiles stay in the second cache
+  alignas(64) float sums[kFarRows * kPanel];
+  for (int64_t top = 0; top < rows; top += kFarRows) {
+    const int64_t bottom = std::min(rows, top + kFarRows);
     for (int64_t panel = begin; panel < end; ++panel) {
       const bf16* w = weight + panel * blocks * 1024;
-      for (int64_t row = top; row < bottom; row += 32) {
-        const bf16* a = tiles + row / 16 * tile_stride;
+      for (int64_t first = 0; first < blocks; first += kNearBlocks) {
+        const int64_t count = std::min(kNearBlocks, blocks - first);
+        const bool is_last = first + count == blocks;
         // Rows of the workspace past the last are computed and dropped.
-        if (bottom - row > 16) two_tiles(a, tile_stride, w, blocks, sums);
-        else one_tile(a, w, blocks, sums);
-        done(row, std::min<int64_t>(32, bottom - row), panel);
+        for (int64_t row = top; row < bottom; row += 32) {
+          float* s = sums + (row - top) * kPanel;
+          const bf16* a = tiles + row / 16 * tile_stride + first * 512;
+          // Its second half may be missing: the first again, whose sums nobody reads.
+          const int64_t stride = bottom - row > 16 ? tile_stride : 0;
+          // The first rows bring the panel from memory.
+          if (row == 0) two_tiles<true>(a, stride, w + first * 1024, count, first == 0, s);
+          else two_tiles<false>(a, stride, w + first * 1024, count, first == 0, s);
+          if (is_last) done(row, std::min<int64_t>(32, bottom - row), panel, s);
+        }
       }
     }
   }
 #else
   constexpr int64_t kPairRows = 8;
+  alignas(64) float sums[kPairRows * kPanel];
   const int64_t block = std::max<int64_t>(16, (1 << 19) / (blocks * 64) / 16 * 16);
   for (int64_t top = 0; top < rows; top += block) {
     const int64_t bottom = std::min(rows, top + block);
@@ -380,7 +412,7 @@ void pair_panels(const Linear& call, const bf16* tiles, int64_t begin, int64_t e
         const int64_t count = std::min(kPairRows, bottom - row);
         const bf16* a = tiles + row / 16 * tile_stride + row % 16 * 32;
         pair_rows<kPairRows>(count, a, w, blocks, sums);
-        done(row, count, panel);
+        done(row, count, panel, sums);
       }
     }
   }
