@@ -73,7 +73,7 @@ def make_app(
 
     app: ASGIApp = Router(
         routes=[
-            Route("/", endpoint=Guarded(page.front, None, is_open=True)),
+            route("GET", "/", page.front, is_open=True),
             route("POST", "/v1/chat/completions", openai.chat_completions),
             route("POST", "/v1/completions", openai.completions),
             route("GET", "/v1/models", openai.models),
