@@ -23,7 +23,7 @@ from .absent import no_route
 from .engine import Engine
 from .http import REQUEST_ID, ClientGone, Receive, Reply, Scope, Send, header
 from .openai.answers import DONE, event
-from .openai.errors import HttpError
+from .openai.errors import TOO_SLOW, HttpError
 from .openai.routes import OpenAI
 from .origins import LocalOnly, with_cors
 from .page import Page
@@ -204,7 +204,7 @@ def as_http_error(error: Exception) -> HttpError:
     if isinstance(error, RequestError):
         return HttpError.bad_request(str(error), param=error.field)
     if isinstance(error, SlowReader):
-        return HttpError(408, str(error), type="invalid_request_error")
+        return HttpError.of_code(grpc.StatusCode.UNAVAILABLE, TOO_SLOW)
     if isinstance(error, EngineUnavailable):
         return HttpError.of_code(
             grpc.StatusCode.UNAVAILABLE, str(error), retry_after_s=error.retry_after_s
