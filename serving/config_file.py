@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..engine.errors import ConfigError
 from .flags import FALSE, TRUE, Collect, Parser, given_options, is_secret, variable_of
 from .vllm_flags import is_switch, our_flag
@@ -55,19 +53,12 @@ def add_config_flag(parser: Parser) -> None:
 def _as_flags(path: str, flags: Mapping[str, argparse.Action]) -> list[str]:
     where = f"the config file {path}"
     try:
-        value = _load(Path(path).expanduser().read_text("utf-8"))
+        text = Path(path).expanduser().read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{where} cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not YAML text") from error
-    except yaml.MarkedYAMLError as error:
-        # Without the line itself, which may hold a key.
-        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise ConfigError(f"{where} is not YAML: {line}{error.problem}") from None
-    except yaml.YAMLError:
-        raise ConfigError(
-            f"{where} is not YAML: it has characters that YAML does not allow"
-        ) from None
+    value = _load(text, where)
     if value is None:
         return []
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -85,10 +76,11 @@ def _as_flags(path: str, flags: Mapping[str, argparse.Action]) -> list[str]:
     return words
 
 
-def _load(text: str) -> Any:
+def _load(text: str, where: str) -> Any:
     """Scalars stay as they are written: a key 0123 is no number, and no is no false. Empty ones and
-    null are None. A key that stands twice is an error.
+    null are None. A key that stands twice is an error. Raises ConfigError.
     """
+    import yaml  # 12 ms, which commands without a file need not wait for
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {  # noqa: RUF012
@@ -105,7 +97,18 @@ def _load(text: str) -> Any:
                     )
             return super().construct_mapping(node, deep)
 
-    return yaml.load(text, Loader)
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError as error:
+        raise ConfigError(f"{where} is not YAML text") from error
+    except yaml.MarkedYAMLError as error:
+        # Without the line itself, which may hold a key.
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise ConfigError(f"{where} is not YAML: {line}{error.problem}") from None
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{where} is not YAML: it has characters that YAML does not allow"
+        ) from None
 
 
 def _words(

@@ -13,7 +13,9 @@ from quire.serving.config import ServeConfig
 from quire.serving.supervisor.command import Front
 from quire.serving.supervisor.supervisor import Limits
 
-HEAVY = ("jax", "jaxlib", "numpy", "transformers", "tokenizers", "grpc", "prometheus_client")
+HEAVY = (
+    "jax", "jaxlib", "numpy", "transformers", "tokenizers", "grpc", "prometheus_client", "yaml",
+)  # fmt: skip
 
 
 class Starts:
