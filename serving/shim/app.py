@@ -230,6 +230,7 @@ def _request_id(scope: Scope) -> str | None:
     given = header(scope, b"x-request-id")
     if given is not None and not _REQUEST_ID.fullmatch(given):
         raise HttpError.bad_request(
-            "X-Request-Id must be 1 to 128 printable ASCII characters without spaces"
+            "X-Request-Id must be 1 to 128 printable ASCII characters without spaces, got "
+            f"{given!r:.80}; leave it out for one that is made"
         )
     return given
