@@ -7,11 +7,10 @@ refuses or renames, the file does too. Flags and variables win over it.
 import argparse
 import dataclasses
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..engine.errors import ConfigError
 from .flags import FALSE, TRUE, Collect, Parser, given_options, is_secret, variable_of
@@ -55,19 +54,14 @@ def add_config_flag(parser: Parser) -> None:
 def _as_flags(path: str, flags: Mapping[str, argparse.Action]) -> list[str]:
     where = f"the config file {path}"
     try:
-        value = _load(Path(path).expanduser().read_text("utf-8"))
+        text = Path(path).expanduser().read_text("utf-8")
     except OSError as error:
-        raise ConfigError(f"{where} cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{where} is not YAML text") from error
-    except yaml.MarkedYAMLError as error:
-        # Without the line itself, which may hold a key.
-        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise ConfigError(f"{where} is not YAML: {line}{error.problem}") from None
-    except yaml.YAMLError:
         raise ConfigError(
-            f"{where} is not YAML: it has characters that YAML does not allow"
-        ) from None
+            f"{where} cannot be read ({error.strerror}); give a YAML file that this user can read"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not text at byte {error.start}; save it as UTF-8") from None
+    value = _load(text, where)
     if value is None:
         return []
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -85,10 +79,11 @@ def _as_flags(path: str, flags: Mapping[str, argparse.Action]) -> list[str]:
     return words
 
 
-def _load(text: str) -> Any:
+def _load(text: str, where: str) -> Any:
     """Scalars stay as they are written: a key 0123 is no number, and no is no false. Empty ones and
-    null are None. A key that stands twice is an error.
+    null are None. A key that stands twice is an error. Raises ConfigError.
     """
+    import yaml  # 12 ms, which commands without a file need not wait for
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {  # noqa: RUF012
@@ -105,7 +100,18 @@ def _load(text: str) -> Any:
                     )
             return super().construct_mapping(node, deep)
 
-    return yaml.load(text, Loader)
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply; it is one mapping of options") from None
+    except yaml.MarkedYAMLError as error:
+        # Without the line itself, which may hold a key.
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise ConfigError(f"{where} is not YAML: {line}{error.problem}") from None
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{where} is not YAML: it has characters that YAML does not allow"
+        ) from None
 
 
 def _words(
@@ -124,8 +130,13 @@ def _words(
         raise ConfigError(f"{where}: {key} is empty; leave it out for none")
     if action is None:  # one of vLLM's, or unknown: what asks for nothing is passed over
         return _words_of_theirs(flag, value)
-    if not all(isinstance(one, str) for one in texts):
-        raise ConfigError(f"{where}: {key} must be a plain value, or a list of them")
+    for one in texts:
+        if not isinstance(one, str):
+            got = type(one).__name__ if is_secret(action) else reprlib.repr(one)
+            raise ConfigError(
+                f"{where}: {key} must be a plain value, or a list of them, got {got}; quote what "
+                "is meant as text"
+            )
     if isinstance(action, argparse.BooleanOptionalAction):
         return [_switch(where, key, ours, one) for one in texts]
     return [f"{ours}={one}" for one in texts]
@@ -145,7 +156,7 @@ def _words_of_theirs(flag: str, value: Any) -> list[str]:
 
 def _switch(where: str, key: str, flag: str, text: str) -> str:
     if text.lower() not in TRUE + FALSE:
-        raise ConfigError(f"{where}: {key} must be true or false")
+        raise ConfigError(f"{where}: {key} must be true or false, got {text!r:.80}")
     if text.lower() in TRUE:
         return flag
     return f"--{flag.removeprefix('--no-')}" if flag.startswith("--no-") else f"--no-{flag[2:]}"

@@ -18,14 +18,15 @@ class BadNumber(RequestError):
 
 def read_json(content: bytes | str, what: str) -> Any:
     """The value. what: its name in the RequestError that is raised, without a field."""
-    commas = content.count(b"," if isinstance(content, bytes) else ",")  # type: ignore[arg-type]
+    try:
+        text = content.decode() if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{what} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    commas = text.count(",")
     if commas > MAX_COMMAS:
         raise RequestError(f"{what} has {commas} commas, at most {MAX_COMMAS} are read; send less")
     try:
-        text = content.decode() if isinstance(content, bytes) else content
         value = _DECODER.decode(text)
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{what} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except RecursionError:
         raise _too_deep(what) from None
     except json.JSONDecodeError as error:

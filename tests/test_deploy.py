@@ -195,3 +195,9 @@ def test_image_is_built_from_every_package() -> None:
     extras = set(project["project"]["optional-dependencies"])
     named = set(re.findall(r"\bcuda\d+\b", read("Dockerfile") + read("compose.yaml")))
     assert named == {"cuda12", "cuda13"} <= extras
+
+
+def test_image_keeps_what_pip_has_fetched_where_pip_looks() -> None:
+    text = read("Dockerfile")
+    (kept,) = re.findall(r"--mount=type=cache,target=(\S+)", text)
+    assert f"ENV PIP_CACHE_DIR={kept}\n" in text

@@ -1,6 +1,7 @@
 """The wheel has every package, files stay readable, and the folders are what the list says."""
 
 import ast
+import json
 import subprocess
 import sys
 import tomllib
@@ -46,6 +47,17 @@ def test_file_and_function_lengths(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "examples").glob("*/package-lock.json")], ids=str)
+def test_locked_packages_come_from_whatever_registry_npm_is_told(path: Path) -> None:
+    """As `npm install --omit-lockfile-registry-resolved` writes it."""
+    packages = json.loads(path.read_text())["packages"]
+    del packages[""]
+    assert packages
+    for name, package in packages.items():
+        assert "resolved" not in package, name
+        assert package["integrity"], name
 
 
 def test_importing_the_package_loads_no_jax() -> None:

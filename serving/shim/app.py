@@ -23,7 +23,7 @@ from .absent import no_route
 from .engine import Engine
 from .http import REQUEST_ID, ClientGone, Receive, Reply, Scope, Send, header
 from .openai.answers import DONE, event
-from .openai.errors import HttpError
+from .openai.errors import TOO_SLOW, HttpError
 from .openai.routes import OpenAI
 from .origins import LocalOnly, with_cors
 from .page import Page
@@ -73,7 +73,7 @@ def make_app(
 
     app: ASGIApp = Router(
         routes=[
-            Route("/", endpoint=Guarded(page.front, None, is_open=True)),
+            route("GET", "/", page.front, is_open=True),
             route("POST", "/v1/chat/completions", openai.chat_completions),
             route("POST", "/v1/completions", openai.completions),
             route("GET", "/v1/models", openai.models),
@@ -204,7 +204,7 @@ def as_http_error(error: Exception) -> HttpError:
     if isinstance(error, RequestError):
         return HttpError.bad_request(str(error), param=error.field)
     if isinstance(error, SlowReader):
-        return HttpError(408, str(error), type="invalid_request_error")
+        return HttpError.of_code(grpc.StatusCode.UNAVAILABLE, TOO_SLOW)
     if isinstance(error, EngineUnavailable):
         return HttpError.of_code(
             grpc.StatusCode.UNAVAILABLE, str(error), retry_after_s=error.retry_after_s
@@ -230,6 +230,7 @@ def _request_id(scope: Scope) -> str | None:
     given = header(scope, b"x-request-id")
     if given is not None and not _REQUEST_ID.fullmatch(given):
         raise HttpError.bad_request(
-            "X-Request-Id must be 1 to 128 printable ASCII characters without spaces"
+            "X-Request-Id must be 1 to 128 printable ASCII characters without spaces, got "
+            f"{given!r:.80}; leave it out for one that is made"
         )
     return given

@@ -127,8 +127,8 @@ class Reply:
         await self._start(200, _EVENT_HEADERS)
         self.has_events = True
         await self._part(first)
-        async for body in events:
-            await self._part(body)
+        async for body in events:  # not by _part(): a call for each token of each stream
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
         await self._end_events()
 
     async def last_event(self, body: bytes) -> None:

@@ -171,7 +171,8 @@ _TOKENIZE: Schema = {
                 "items": _ref("Message"),
                 "description": "a conversation, which the chat template makes a text of",
             },
-            "add_special_tokens": _FLAG | {"description": "of a text; true by default"},
+            "add_special_tokens": _FLAG
+            | {"description": "of the tokenizer; by default true for a text, false for messages"},
             "add_generation_prompt": _FLAG | {"description": "of messages; true by default"},
             "return_token_strs": _FLAG | {"description": "the text of each token too"},
         },

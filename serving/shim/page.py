@@ -8,7 +8,6 @@ import re
 from importlib import resources
 
 from .http import Receive, Reply, Scope
-from .openai.errors import HttpError
 
 _FRONT, _DOCS = "static/index.html", "static/docs.html"
 _HELLO = b"Ollama is running"
@@ -18,41 +17,36 @@ class Page:
     """Handlers, each for one route."""
 
     def __init__(self) -> None:
-        self._front = _read(_FRONT)
-        self._docs = _read(_DOCS)
+        self._front = _Html(_FRONT)
+        self._docs = _Html(_DOCS)
 
     async def front(self, scope: Scope, _: Receive, reply: Reply, __: str | None) -> None:
-        """GET, and HEAD: by it Ollama's clients see whether a server is there."""
-        if scope["method"] not in ("GET", "HEAD"):
-            raise HttpError(
-                405,
-                f"{scope['path'][:200]} takes GET, not {scope['method'][:20]}",
-                type="invalid_request_error",
-                headers={"allow": "GET"},
-            )
+        """HEAD too: by it Ollama's clients see whether a server is there."""
         if _wants_html(scope):
-            await _html(reply, self._front)
+            await self._front.send(reply)
         else:
             await reply.raw(_HELLO, "text/plain; charset=utf-8", headers={"vary": "accept"})
 
     async def docs(self, _: Scope, __: Receive, reply: Reply, ___: str | None) -> None:
         """/openapi.json for people."""
-        await _html(reply, self._docs)
+        await self._docs.send(reply)
 
 
-def _read(file: str) -> bytes:
-    return resources.files("quire.serving.shim").joinpath(file).read_bytes()
+class _Html:
+    """One file, and the headers that it is sent with."""
 
+    def __init__(self, file: str) -> None:
+        self._html = resources.files("quire.serving.shim").joinpath(file).read_bytes()
+        self._headers = {
+            "content-security-policy": _policy(self._html),
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+            "cache-control": "no-cache",
+            "vary": "accept",
+        }
 
-async def _html(reply: Reply, html: bytes) -> None:
-    headers = {
-        "content-security-policy": _policy(html),
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
-        "vary": "accept",
-    }
-    await reply.raw(html, "text/html; charset=utf-8", headers=headers)
+    async def send(self, reply: Reply) -> None:
+        await reply.raw(self._html, "text/html; charset=utf-8", headers=self._headers)
 
 
 def _wants_html(scope: Scope) -> bool:

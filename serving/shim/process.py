@@ -154,12 +154,12 @@ async def serve_http(
         has_key=options.engine.key is not None,
         local_host=options.host if options.is_local else None,
     )
-    left_over = _identity(options.http.uds)
+    ours = _identity(options.http.uds)
 
     def on_stop() -> None:
         engine.is_leaving = True
         # Now, while it is ours: the next one may make its own before we have drained.
-        if left_over is not None and _identity(options.http.uds) == left_over:
+        if ours is not None and _identity(options.http.uds) == ours:
             Path(str(options.http.uds)).unlink()
 
     server = _Server(

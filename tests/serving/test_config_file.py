@@ -80,17 +80,19 @@ def test_flags_and_variables_win(
         ("port: 1\nport: 2", "'port' stands twice"),
         ("max-model-len: 1\nmax_model_len: 2", "twice, with - and with _"),
         ("port: [1, 2]", "port takes one value, not a list"),
-        ("served-model-name: {a: b}", "must be a plain value"),
-        ("served-model-name: [a, null]", "must be a plain value"),
-        ("model: !!int 5", "must be a plain value"),
+        ("served-model-name: {a: b}", "list of them, got {'a': 'b'}; quote what is"),
+        ("served-model-name: [a, null]", "must be a plain value, or a list of them, got None;"),
+        ("model: !!int 5", "must be a plain value, or a list of them, got 5; quote"),
+        ("api-key: {sesame: a}", "must be a plain value, or a list of them, got dict; quote"),
         ("api-key:", "api-key is empty"),
         ("api-key: []", "api-key is empty"),
-        ("enable-prefix-caching: maybe", "must be true or false"),
+        ("enable-prefix-caching: maybe", "must be true or false, got 'maybe'"),
         ("uds: ''", "uds must be the path of a socket"),
         ("hf-overrides: {a: 2024-01-01}", "edit config.json"),
         ("hf-overrides: &x [*x]", "edit config.json"),
         ("a: \0", "not YAML"),
         ("a: [", "is not YAML"),
+        ("a: " + "[" * 5000, "is nested too deeply; it is one mapping of options"),
         ("config: other.yaml", "for the command line alone"),
         ("port: many", "must be a whole number, got 'many'"),
         ("port: 70000", "port must be 0"),
@@ -111,7 +113,9 @@ def test_what_is_wrong_is_said_in_a_line(
     except SystemExit as end:
         code = end.code
     assert code == 2
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert "sesame" not in told
     assert started == []
 
 
@@ -175,7 +179,17 @@ def test_options_that_stand_on_no_command_line_are_told_and_keys_are_not(
 
 def test_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["serve", "--config", "/nonexistent.yaml"]) == 2
-    assert "/nonexistent.yaml cannot be read" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "quire: the config file /nonexistent.yaml cannot be read (No such file or directory); "
+        "give a YAML file that this user can read\n"
+    )
+
+
+def test_file_that_is_not_utf8_is_told_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "options.yaml"
+    path.write_bytes(b"model: \xff")
+    assert cli.main(["serve", "--config", str(path)]) == 2
+    assert "options.yaml is not text at byte 7; save it as UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

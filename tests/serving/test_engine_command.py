@@ -1,6 +1,7 @@
 """`quire engine` before it starts anything: its flags, its checks, and what the gateway is told."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from quire.serving.config import ServeConfig
 from quire.serving.supervisor.command import Front
 from quire.serving.supervisor.supervisor import Limits
 
-HEAVY = ("jax", "jaxlib", "numpy", "transformers", "tokenizers", "grpc", "prometheus_client")
+HEAVY = (
+    "jax", "jaxlib", "numpy", "transformers", "tokenizers", "grpc", "prometheus_client", "yaml",
+)  # fmt: skip
 
 
 class Starts:
@@ -93,6 +96,26 @@ def test_keys_come_from_variables_too(
         monkeypatch.setenv(name, value)
     assert cli.main(["engine", "--host", "0.0.0.0", *arguments]) == 7
     assert starts.calls[0][1].options["serve"]["api_key"] == keys
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "platforms"),
+    [("cpu", None, "cpu"), ("cpu", "cuda", "cuda"), ("cuda", None, None)],
+)
+def test_vllms_target_device_chooses_jaxs_platform(
+    starts: Starts,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    given: str | None,
+    platforms: str | None,
+):
+    """For the processes that are started; jax's own variable wins."""
+    monkeypatch.setenv("JAX_PLATFORMS", given or "")
+    if given is None:
+        monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", device)
+    assert cli.main(["engine"]) == 7
+    assert os.environ.get("JAX_PLATFORMS") == platforms
 
 
 @pytest.mark.parametrize(

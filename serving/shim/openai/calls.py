@@ -150,10 +150,15 @@ class Call:
                 parts = []
                 for number, one in await self._answers.take():
                     delta = _delta(one)
-                    if delta.HasField("prompt_logprobs"):
-                        parts.append(await asyncio.to_thread(self._chunks, number, delta))
+                    choice = self._choice_of(number, delta)
+                    splicer = choice.splicer
+                    if splicer is not None and delta.text and not delta.finish_reason:
+                        parts.append(splicer.chunk(delta.text))  # as nearly all are
+                    elif delta.HasField("prompt_logprobs"):
+                        made = await asyncio.to_thread(self._chunks, number, choice, delta)
+                        parts.append(made)
                     else:
-                        parts.append(self._chunks(number, delta))
+                        parts.append(self._chunks(number, choice, delta))
                 if body := b"".join(parts):
                     has_begun = True
                     yield body
@@ -167,11 +172,8 @@ class Call:
             end = event(self._head.chunk() | {"choices": [], "usage": self._usage()}) + DONE
         yield end
 
-    def _chunks(self, number: int, delta: pb.GenerateDelta) -> bytes:
-        choice = self._choice_of(number, delta)
+    def _chunks(self, number: int, choice: _Choice, delta: pb.GenerateDelta) -> bytes:
         made = b"" if choice.has_begun else self._beginning(number, choice, delta)
-        if choice.splicer is not None and delta.text and not delta.finish_reason:
-            return made + choice.splicer.chunk(delta.text)
         if self._wants.only_echo:
             for name in ("text", "token_ids", "logprobs"):
                 delta.ClearField(name)

@@ -78,22 +78,16 @@ class HttpError(Exception):
         code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.INTERNAL)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not error.retry_after_ns:
             # No queue is full: what was made was not taken, by this shim or by its client.
-            return cls.of_code(grpc.StatusCode.UNAVAILABLE, TOO_SLOW, retry_after_s=1.0)
-        message = error.message
-        if error.reason == _TOO_LONG:
-            # Clients that look at no code look for these words (LangChain's ContextOverflowError).
-            message = f"prompt is too long: {message}"
-        made = cls.of_code(code, message, error.field, error.retry_after_ns / 1e9 or None)
-        made.code = _CODE_BY_REASON.get(error.reason, made.code)
-        return made
+            return cls.of_code(grpc.StatusCode.UNAVAILABLE, TOO_SLOW)
+        delay_s = error.retry_after_ns / 1e9 or None
+        return cls.of_code(code, error.message, error.field, delay_s, reason=error.reason)
 
     @classmethod
     def of_rpc(cls, error: grpc.aio.AioRpcError) -> Self:
         """What the engine said of a call."""
         field, reason = _details_of(error)
-        made = cls.of_code(error.code(), error.details() or error.code().name, field)
-        made.code = _CODE_BY_REASON.get(reason, made.code)
-        return made
+        message = error.details() or error.code().name
+        return cls.of_code(error.code(), message, field, reason=reason)
 
     @classmethod
     def of_code(
@@ -102,8 +96,15 @@ class HttpError(Exception):
         message: str,
         field: str = "",
         retry_after_s: float | None = None,
+        *,
+        reason: str = "",
     ) -> Self:
+        """field, reason: as the engine names them; empty if it names none."""
         status, kind, code = _BY_CODE.get(grpc_code, (500, _SERVER, None))
+        code = _CODE_BY_REASON.get(reason, code)
+        if reason == _TOO_LONG:
+            # Clients that look at no code look for these words (LangChain's ContextOverflowError).
+            message = f"prompt is too long: {message}"
         if status == 503 and retry_after_s is None:
             retry_after_s = _RETRY_AFTER_S  # also of one that stops: another may be in its place
         name = field.removeprefix(_SAMPLING)

@@ -245,12 +245,12 @@ def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
-    kinds = set(map(type, prompt)) if isinstance(prompt, list) else set()
-    if kinds == {int}:
+    types = set(map(type, prompt)) if isinstance(prompt, list) else set()
+    if types == {int}:
         return [prompt]
-    if kinds == {str}:
+    if types == {str}:
         return list(prompt)
-    if kinds == {list} and all(set(map(type, one)) == {int} for one in prompt):
+    if types == {list} and all(set(map(type, one)) == {int} for one in prompt):
         return list(prompt)
     raise HttpError.bad_request(
         "prompt must be a text, a list of token ids, or a list of either, none of them empty",

@@ -164,7 +164,8 @@ def test_reflection_tells_of_the_service() -> None:
 def test_without_keys_everybody_is_let_in() -> None:
     async def use(g: Served) -> None:
         for metadata in ((), ONE, (("authorization", "x"),)):
-            await g.stub.GetMetrics(pb.GetMetricsRequest(), metadata=metadata)
+            answer = await g.stub.GetMetrics(pb.GetMetricsRequest(), metadata=metadata)
+            assert "quire_serving 1" in answer.text
 
     serve(ScriptedCore().opened, use)
 

@@ -74,7 +74,8 @@ def test_ended_request_is_freed_without_the_collector(
         gc.disable()
         try:
             await use(served.stub)
-            await until(lambda: made and not any(one() for one in made))
+            assert made
+            await until(lambda: not any(one() for one in made))
         finally:
             gc.enable()
 

@@ -3,67 +3,24 @@ than its queue holds, templates that do not end.
 """
 
 import asyncio
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from quire.protos.quire.v1 import inference_pb2 as pb
 
+from .certificates import KEY, Files
 from .engines import Client, Engine, Result, generate, until_tokens
 from .gateways import Status, status_of
 
-KEY = "sesame"
 MAX_RUNNING, MAX_QUEUED = 4, 3
 # Of the rendering limit of 1 s, and of half as many threads as there are templates.
 MOST_RENDER_S = 6.0
 # Of a stream meanwhile, also on a busy machine; it has some 700.
 LEAST_DELTAS = 60
 _LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-
-
-@dataclass(frozen=True)
-class Files:
-    """Certificates of one authority, and of another that nobody trusts."""
-
-    folder: Path
-
-    @classmethod
-    def make(cls, folder: Path) -> "Files":
-        files = cls(folder)
-        for authority in ("ours", "other"):
-            files._openssl(authority, "-x509", "-subj", f"/CN={authority}")
-            for name in ("server", "client"):
-                files._openssl(
-                    f"{authority}-{name}",
-                    *("-x509", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"),
-                    *("-CA", files.path(authority, "pem"), "-CAkey", files.path(authority, "key")),
-                )
-        (folder / "keys").write_text(f"# of the tests\n{KEY}\n")
-        return files
-
-    def path(self, name: str, kind: str) -> str:
-        return str(self.folder / f"{name}.{kind}")
-
-    def bytes_of(self, name: str, kind: str) -> bytes:
-        return Path(self.path(name, kind)).read_bytes()
-
-    def credentials(self, trusts: str, shows: str | None) -> grpc.ChannelCredentials:
-        authorities = self.bytes_of(trusts, "pem")
-        if shows is None:
-            return grpc.ssl_channel_credentials(authorities)
-        pair = self.bytes_of(shows, "key"), self.bytes_of(shows, "pem")
-        return grpc.ssl_channel_credentials(authorities, *pair)
-
-    def _openssl(self, name: str, *more: str) -> None:
-        kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        out = ("-keyout", self.path(name, "key"), "-out", self.path(name, "pem"))
-        command = ["openssl", "req", *kind, *out, "-days", "2", *more]
-        subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +35,9 @@ def engine(files: Files) -> Iterator[Engine]:
         "--max-num-seqs": MAX_RUNNING,
         "--max-num-queued-reqs": MAX_QUEUED,
         "--chat-template": _LOOP,
-        "--api-key-file": files.folder / "keys",
-        "--ssl-certfile": files.path("ours-server", "pem"),
-        "--ssl-keyfile": files.path("ours-server", "key"),
-        "--ssl-ca-certs": files.path("ours", "pem"),
     }
     given = [str(part) for flag in flags.items() for part in flag]
-    credentials = files.credentials("ours", "ours-client")
-
-    def connect(address: str) -> Client:
-        return Client(address, credentials=credentials, key=KEY)
-
-    with Engine(*given, connect=connect) as engine:
+    with Engine(*given, *files.flags(), connect=files.connect) as engine:
         yield engine
 
 

@@ -5,9 +5,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import pytest
+from quire.protos.quire.v1 import inference_pb2 as pb
 from quire.serving.cli import main
 from quire.serving.http_config import LinkConfig
+from quire.serving.shim.openai.errors import HttpError
 
 from .shims import KEY, SUM, Front
 
@@ -23,6 +26,23 @@ def test_request_over_the_engines_message_limit_ends_alone(front: Run) -> None:
         assert large.status_code == 400
         assert "bytes" in large.json()["error"]["message"]
         assert (await other).status_code == 200
+
+    front(use)
+
+
+def test_answer_that_this_shim_does_not_take_is_a_503_like_the_engines(
+    front: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a 408, which says that the request did not come in time."""
+    monkeypatch.setattr("quire.serving.shim.engine.MAX_WAITING_BYTES", 0)  # one event
+
+    async def use(front: Front) -> None:
+        answer = await front.complete(n=4, temperature=1, max_tokens=50, ignore_eos=True)
+        assert answer.status_code == 503, answer.text
+        assert answer.headers["retry-after"] == "1"
+        of_engine = pb.SessionError(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+        assert answer.json() == HttpError.of_session(of_engine).body
+        assert "faster than it was taken; read faster" in answer.text
 
     front(use)
 

@@ -45,7 +45,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         (b"{}", {"content-type": "text/plain"}, 415, "application/json"),
         (b"\x1f\x8b" + b"0" * 100, {"content-encoding": "gzip"}, 415, "compressed"),
         (b"{}", {}, 400, "messages"),
-        (b"{}", {"x-request-id": "a b"}, 400, "X-Request-Id"),
+        (b"{}", {"x-request-id": "a b"}, 400, "without spaces, got 'a b'; leave it out"),
         (b"{}", {"authorization": "Basic abc"}, 401, "Bearer KEY"),
         (b" " * ((32 << 20) + 1), {}, 413, "32 MiB"),
     ],
@@ -112,6 +112,35 @@ def test_health_and_helpers_answer(front: Run) -> None:
         assert chat["count"] > 5
         bad = await front.http.post("/tokenize", json={"prompt": "a", "promt": 1})
         assert error_of(bad)["param"] == "promt"
+
+    front(use)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/tokenize", {}, "send either prompt or messages, got neither"),
+        ("/tokenize", {"prompt": "", "messages": []}, "send either prompt or messages, got both"),
+        ("/tokenize", {"prompt": 5}, "prompt must be a string, got 5"),
+        ("/tokenize", {"messages": {"a": 1}}, "messages must be a list of objects, got {'a': 1}"),
+        ("/tokenize", {"messages": [{}, 7]}, "messages must be a list of objects, got 7"),
+        (
+            "/detokenize",
+            {},
+            "tokens must be a list of token ids, as /tokenize gives them, got None",
+        ),
+        ("/detokenize", {"tokens": [1, None]}, "as /tokenize gives them, got None"),
+        ("/detokenize", {"tokens": [1, -1]}, "as /tokenize gives them, got -1"),
+        ("/detokenize", {"tokens": [True]}, "as /tokenize gives them, got True"),
+    ],
+)
+def test_helpers_tell_the_rule_and_the_value(
+    front: Run, path: str, body: dict[str, Any], message: str
+) -> None:
+    async def use(front: Front) -> None:
+        answer = await front.http.post(path, json=body)
+        assert answer.status_code == 400
+        assert message in error_of(answer)["message"]
 
     front(use)
 
@@ -189,6 +218,8 @@ def test_prompt_that_is_too_long_has_openais_code(front: Run) -> None:
         ):
             assert answer.status_code == 400
             assert error_of(answer)["code"] == "context_length_exceeded"
+            # LangChain looks at no code, but for these words.
+            assert error_of(answer)["message"].startswith("prompt is too long: ")
 
     front(use)
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from quire.engine.errors import ConfigError
 from quire.engine.startup import Engine
+from quire.serving.config import ServeConfig
 from quire.serving.http_config import HttpConfig
 from quire.serving.shim.absent import why_absent
+from quire.serving.shim.process import serves_only_here
 
 from ..gateway.gateways import real_core
 from .shims import Front, front_stage
@@ -200,3 +202,19 @@ def test_origins_may_be_a_json_list(given: tuple[str, ...], kept: tuple[str, ...
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         HttpConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("serve", "http", "key", "is_local"),
+    [
+        ({}, {}, None, True),
+        ({}, {}, "sesame", False),
+        ({}, {"uds": "/run/http.sock"}, None, False),
+        ({"allow_unauthenticated": True}, {}, None, False),
+    ],
+    ids=["default", "key", "socket", "everybody"],
+)
+def test_server_is_closed_to_pages_unless_others_are_meant_to_use_it(
+    serve: dict[str, Any], http: dict[str, Any], key: str | None, is_local: bool
+) -> None:
+    assert serves_only_here(ServeConfig(**serve), HttpConfig(**http), key) is is_local

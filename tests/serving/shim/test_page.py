@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from quire.serving.shim.app import Guarded
+from quire.serving.shim.openapi import document
 from quire.serving.shim.page import Page
+from quire.serving.shim.server_routes import ServerRoutes
 
 from .browser import WAIT_S, Tab
 
@@ -46,7 +48,7 @@ def asked(
 
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": "/", "headers": encoded}
-    asyncio.run(Guarded(handler or Page().front, None, is_open=True)(scope, receive, send))
+    asyncio.run(Guarded(handler or Page().front, "GET", is_open=True)(scope, receive, send))
     start, body = sent
     return start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, body["body"]
 
@@ -110,9 +112,20 @@ def test_page_allows_its_own_script_and_style_and_nothing_else(html: str) -> Non
 def test_front_answers_head_and_refuses_what_writes() -> None:
     status, headers, _ = asked("HEAD")
     assert (status, headers["content-length"]) == (200, str(len(b"Ollama is running")))
-    status, _, body = asked("POST")
-    assert status == 405
+    status, headers, body = asked("POST")
+    assert (status, headers["allow"]) == (405, "GET")
     assert json.loads(body)["error"]["message"] == "/ takes GET, not POST"
+
+
+def test_pages_and_document_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, routes, made = Page(), ServerRoutes(cast(Any, None)), document(refuses_unknown=True)
+    monkeypatch.setattr("quire.serving.shim.page._policy", None)
+    for _ in range(2):
+        assert asked(handler=page.docs)[2] == DOCS.encode()
+        status, headers, body = asked(handler=routes.openapi)
+        assert (status, headers["content-type"]) == (200, "application/json")
+        assert json.loads(body) == made
+        monkeypatch.setattr("quire.serving.shim.server_routes.document", None)
 
 
 @BOTH

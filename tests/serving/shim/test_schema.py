@@ -7,7 +7,9 @@ import pytest
 from quire.serving.shim.openai.examples import CHAT_EXAMPLES, COMPLETION_EXAMPLES
 from quire.serving.shim.openapi import document
 
-from .shims import KEY, MODEL, SUM, Front
+from ...llm.engines import REFERENCE
+from ..gateway.gateways import real_core, started_engine
+from .shims import KEY, MODEL, SUM, Front, front_stage
 from .test_http import CHAT, error_of
 
 Run = Callable[..., Any]
@@ -51,6 +53,23 @@ def test_examples_of_the_document_are_answered(front: Run, path: str, body: Any)
         assert (kind == "text/event-stream") is body.get("stream", False)
 
     front(use)
+
+
+def test_special_tokens_are_added_where_the_document_says() -> None:
+    """By a tokenizer that has one: the embedded model's has none."""
+
+    async def use(front: Front) -> None:
+        for asked, default in (({"prompt": "Hello"}, True), ({"messages": SUM}, False)):
+            tokens = {}
+            for adds in (True, False, None):
+                body = asked | {"add_special_tokens": adds}
+                tokens[adds] = (await front.http.post("/tokenize", json=body)).json()["tokens"]
+            assert tokens[True][1:] == tokens[False]
+            assert tokens[None] == tokens[default]
+
+    model = {"model": str(REFERENCE / "llama2_mha")}
+    with started_engine(**model) as engine, front_stage(real_core(engine), engine=model) as run:
+        run(use)
 
 
 def test_document_is_closed_exactly_when_unknown_fields_are_refused() -> None:

@@ -143,13 +143,27 @@ def test_other_server_is_told_that_the_start_failed(
         raise ValueError("no certificate")
 
     monkeypatch.setattr(asgi, "Engine", broken)
+    sent = told(asgi.make(), "lifespan", "lifespan.startup")
+    assert sent == [{"type": "lifespan.startup.failed", "message": "no certificate"}]
+
+
+def test_other_server_is_told_to_close_websockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quire.serving.shim import asgi
+
+    monkeypatch.setenv("QUIRE_ENGINE_API_KEY", "k")
+    sent = told(asgi.make(), "websocket", "websocket.connect")
+    assert sent == [{"type": "websocket.close"}]
+
+
+def told(app: Any, scope: str, message: str) -> list[Any]:
+    """What an application sends to a server that says one thing."""
     sent: list[Any] = []
 
     async def receive() -> Any:
-        return {"type": "lifespan.startup"}
+        return {"type": message}
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(asgi.make()({"type": "lifespan"}, receive, send))
-    assert sent == [{"type": "lifespan.startup.failed", "message": "no certificate"}]
+    asyncio.run(app({"type": scope}, receive, send))
+    return sent

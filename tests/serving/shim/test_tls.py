@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from ..gateway.certificates import KEY, Files
 from ..gateway.engines import WAIT_S, Client, Engine, free_port
-from ..gateway.test_refusals import KEY, Files
 from .servers import COMPLETIONS, body
 
 
@@ -24,20 +24,8 @@ class Server:
     def __init__(self, files: Files) -> None:
         self.files = files
         self.port = free_port()
-        flags = {
-            "--port": self.port,
-            "--api-key-file": files.folder / "keys",
-            "--ssl-certfile": files.path("ours-server", "pem"),
-            "--ssl-keyfile": files.path("ours-server", "key"),
-            "--ssl-ca-certs": files.path("ours", "pem"),
-        }
-        given = [str(part) for flag in flags.items() for part in flag]
-        credentials = files.credentials("ours", "ours-client")
-
-        def connect(address: str) -> Client:
-            return Client(address, credentials=credentials, key=KEY)
-
-        self.engine = Engine(*given, verb="serve", connect=connect)
+        given = ("--port", str(self.port), *files.flags())
+        self.engine = Engine(*given, verb="serve", connect=files.connect)
 
     def client(self, trusts: str, shows: str | None, key: str | None = KEY) -> httpx.AsyncClient:
         context = ssl.create_default_context(cafile=self.files.path(trusts, "pem"))
