@@ -29,38 +29,58 @@ class Shape:
 
 
 def linear(
-    x: jax.Array,  # f32 or bf16 [tokens, in]
-    weight: jax.Array,  # packed
+    x: jax.Array,  # f32[tokens, in]
+    weight: jax.Array,  # packed, [out, in]
     out: int,
     *,
-    norm: jax.Array | None = None,  # [in], in the weight's dtype
+    norm: jax.Array | None = None,  # [in]; vectors are in the weight's dtype
     epsilon: float = 0.0,
-    bias: jax.Array | None = None,  # [out], or [2 * out] if gated, in the weight's dtype
+    bias: jax.Array | None = None,  # [out]
     residual: jax.Array | None = None,  # f32[tokens, out]
     is_exact: bool = False,
-    is_gated: bool = False,
 ) -> jax.Array:
-    """residual + act(rms_norm(x) W^T + bias) [tokens, out]: in f32, or the weight's dtype if gated.
+    """f32[tokens, out]: residual + rms_norm(x) W^T + bias.
 
-    is_exact: x is kept to twice the bits of bfloat16. is_gated: act is silu(gate) * up.
+    is_exact: rms_norm(x) is kept to twice the bits of bfloat16.
     """
     tokens, width = x.shape
-    dtype = weight.dtype if is_gated else jnp.float32
-    call = jax.ffi.ffi_call(
-        "quire_linear",
-        (jax.ShapeDtypeStruct((tokens, out), dtype), _workspace(tokens, width)),
-    )
-    absent = jnp.zeros((0,), weight.dtype)
-    return call(
+    results = (jax.ShapeDtypeStruct((tokens, out), jnp.float32), _workspace(tokens, width))
+    made: Any = jax.ffi.ffi_call("quire_linear", results)(
         x,
         weight,
-        absent if norm is None else norm,
-        absent if bias is None else bias,
-        jnp.zeros((0,), jnp.float32) if residual is None else residual,
+        _or_empty(norm, weight.dtype),
+        _or_empty(bias, weight.dtype),
+        _or_empty(residual, jnp.float32),
         epsilon=epsilon,
         is_exact=is_exact,
-        is_gated=is_gated,
-    )[0]
+    )
+    return made[0]
+
+
+def mlp(
+    x: jax.Array,  # f32[tokens, hidden]
+    norm: jax.Array,  # [hidden]; vectors are in the weights' dtype
+    epsilon: float,
+    gate_up: jax.Array,  # packed and gated, [2 * inner, hidden]
+    gate_up_bias: jax.Array | None,  # [2 * inner]
+    down: jax.Array,  # packed, [hidden, inner]
+    down_bias: jax.Array | None,  # [hidden]
+    inner: int,
+) -> jax.Array:
+    """f32[tokens, hidden]: x + (silu(gate) * up) D^T + bias, of rms_norm(x)."""
+    tokens, hidden = x.shape
+    results = (jax.ShapeDtypeStruct(x.shape, jnp.float32), _workspace(tokens, hidden, inner))
+    made: Any = jax.ffi.ffi_call("quire_mlp", results)(
+        x,
+        norm,
+        gate_up,
+        _or_empty(gate_up_bias, norm.dtype),
+        down,
+        _or_empty(down_bias, norm.dtype),
+        epsilon=epsilon,
+        inner=inner,
+    )
+    return made[0]
 
 
 def head_argmax(x: jax.Array, weight: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +119,8 @@ def attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """f32[tokens, heads * value_dim], and the cache, written in place."""
     tokens, head_dim = qkv.shape[0], k.shape[3]
-    empty = jnp.zeros((0,), jnp.float32)
-    pages = (k, jnp.zeros((0,), k.dtype) if v is None else v)
+    empty = _or_empty(None, jnp.float32)
+    pages = (k, _or_empty(v, k.dtype))
     made: Any = jax.ffi.ffi_call(
         "quire_attention",
         (
@@ -114,7 +134,7 @@ def attention(
         *pages,
         *((empty, empty) if tables is None else tables),
         *((empty, empty) if norms is None else norms),
-        empty if sinks is None else sinks,
+        _or_empty(sinks, jnp.float32),
         *batch,
         heads=heads,
         value_dim=value_dim,
@@ -125,9 +145,15 @@ def attention(
     return made[0], made[1], None if v is None else made[2]
 
 
-def _workspace(tokens: int, width: int) -> jax.ShapeDtypeStruct:
-    """Room for the prepared input: workspace_bytes of csrc/kernels.h."""
-    return jax.ShapeDtypeStruct((_round_up(tokens, 16) * _round_up(width, DEPTH) * 4,), jnp.uint8)
+def _or_empty(array: jax.Array | None, dtype: Any) -> jax.Array:
+    """An argument that is absent has no elements."""
+    return jnp.zeros((0,), dtype) if array is None else array
+
+
+def _workspace(tokens: int, *widths: int) -> jax.ShapeDtypeStruct:
+    """Room for prepared rows: workspace_bytes of csrc/kernels.h for each width."""
+    columns = sum(_round_up(width, DEPTH) for width in widths)
+    return jax.ShapeDtypeStruct((_round_up(tokens, 16) * columns * 4,), jnp.uint8)
 
 
 def _round_up(count: int, multiple: int) -> int:

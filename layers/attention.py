@@ -39,4 +39,4 @@ def attention(
     qkv = weights.qkv.exact_product(x, weights.qkv_bias, norm)
     norms = None if weights.q_norm is None else HeadNorms(weights.q_norm, weights.k_norm)
     out, kv = ctx.ops.attend(qkv, kv, step, spec, tables, norms)
-    return linear_sum(out, weights.out, weights.out_bias, x, ctx), kv
+    return linear_sum(out, weights.out, weights.out_bias, x, ctx.model_axis), kv

@@ -7,7 +7,7 @@ that a format may fuse it.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jax import lax
 
 from ..pallas_kernels.norm import rms_norm
 from ..pallas_kernels.reductions import argmax
-from .context import Context
 from .param import Leaf
 
 
@@ -29,7 +28,7 @@ class Norm:
 
 
 class Matrix(Protocol):
-    """A weight [out, in]. x: [tokens, in], in f32 or as `gated` made it; results are f32."""
+    """A weight [out, in]. x: f32[tokens, in]; results are f32."""
 
     def product(
         self,
@@ -44,8 +43,18 @@ class Matrix(Protocol):
     def exact_product(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
         """The same with norm(x) kept to twice the bits of a bfloat16 weight's dtype."""
 
-    def gated(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
-        """silu(gate) * up [tokens, out / 2]: the first half of the rows are gates. In any dtype."""
+    def gated_mlp(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,  # [out]
+        norm: Norm,
+        down: Any,  # a Matrix of the same type
+        down_bias: jax.Array | None,
+        model_axis: str | None,
+    ) -> jax.Array:
+        """f32[tokens, in]: x + (silu(gate) * up) D^T + down_bias of norm(x), where the first half of
+        the rows of this matrix are gates, the rest ups.
+        """
 
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """i32[tokens], the lowest output of the highest value; i32[tokens], 1 if any output is not
@@ -87,9 +96,17 @@ class DenseWeight:
         both = self._dot(jnp.concatenate([high, rest]))
         return _biased(both[: x.shape[0]] + both[x.shape[0] :], bias)
 
-    def gated(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+    def gated_mlp(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        norm: Norm,
+        down: "DenseWeight",
+        down_bias: jax.Array | None,
+        model_axis: str | None,
+    ) -> jax.Array:
         gate, up = jnp.split(self.product(x, bias, norm=norm), 2, axis=-1)
-        return jax.nn.silu(gate) * up
+        return linear_sum(jax.nn.silu(gate) * up, down, down_bias, x, model_axis)
 
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         y = self._dot(x)
@@ -113,14 +130,18 @@ class DenseWeight:
 
 
 def linear_sum(
-    x: jax.Array, weight: Matrix, bias: jax.Array | None, residual: jax.Array, ctx: Context
+    x: jax.Array,
+    weight: Matrix,
+    bias: jax.Array | None,
+    residual: jax.Array,
+    model_axis: str | None,
 ) -> jax.Array:
     """residual + x W^T + b, with `in` split over the model axis: one all-reduce, after which the
     rest is added once.
     """
-    if ctx.model_axis is None:
+    if model_axis is None:
         return weight.product(x, bias, residual=residual)
-    return residual + _biased(lax.psum(weight.product(x, None), ctx.model_axis), bias)
+    return residual + _biased(lax.psum(weight.product(x, None), model_axis), bias)
 
 
 def _normed(x: jax.Array, norm: Norm | None) -> jax.Array:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from .context import Context
-from .linear import Norm, linear_sum
+from .linear import Norm
 from .param import Leaf
 
 
@@ -22,5 +22,8 @@ class GatedMlp:
 
 def gated_mlp(x: jax.Array, norm: Norm, weights: GatedMlp, ctx: Context) -> jax.Array:
     """x + SwiGLU(norm(x)) (Shazeer 2020, section 2). x: f32[tokens, hidden]."""
-    inner = weights.gate_up.gated(x, weights.gate_up_bias, norm)
-    return linear_sum(inner, weights.down, weights.down_bias, x, ctx)
+    w = weights
+    made: jax.Array = w.gate_up.gated_mlp(
+        x, w.gate_up_bias, norm, w.down, w.down_bias, ctx.model_axis
+    )
+    return made

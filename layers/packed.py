@@ -13,8 +13,8 @@ from .param import Leaf
 @partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["shape"])
 @dataclass(frozen=True)
 class PackedWeight:
-    """A Matrix; its form serves any number of rows. gated() needs a shape that is gated, the others
-    one that is not.
+    """A Matrix for one device; its form serves any number of rows. gated_mlp() needs a shape that is
+    gated, the others one that is not.
     """
 
     w: Leaf  # [panels, panel]
@@ -33,11 +33,18 @@ class PackedWeight:
     def exact_product(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
         return self._call(x, bias, norm, is_exact=True)
 
-    def gated(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
-        assert self.shape.is_gated
-        weight, epsilon = norm.weight, norm.epsilon
-        out = self.shape.rows // 2
-        return ops.linear(x, self.w, out, norm=weight, epsilon=epsilon, bias=bias, is_gated=True)
+    def gated_mlp(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        norm: Norm,
+        down: "PackedWeight",
+        down_bias: jax.Array | None,
+        model_axis: str | None,
+    ) -> jax.Array:
+        assert self.shape.is_gated and model_axis is None
+        inner = self.shape.rows // 2
+        return ops.mlp(x, norm.weight, norm.epsilon, self.w, bias, down.w, down_bias, inner)
 
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return ops.head_argmax(x, self.w, self.shape.rows)

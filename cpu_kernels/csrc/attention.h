@@ -12,7 +12,7 @@
 #include <new>
 #include <vector>
 
-#include "linear.h"
+#include "rows.h"
 
 namespace quire::QUIRE_LEVEL {
 
@@ -411,7 +411,7 @@ inline void attention(Team& team, const Attention& call) {
     std::vector<float> scratch(2 * call.head_dim);
     for (int64_t token = begin; token < end; ++token) prepare_token(call, token, scratch.data());
   };
-  if (call.tokens * per_token <= kSmallPack) prepare(0, call.tokens);
+  if (call.tokens * per_token <= kSmallRows) prepare(0, call.tokens);
   else team.split(call.tokens, 1, 4, prepare);
 
   const int64_t num_single = std::clamp<int64_t>(*call.num_single, 0, call.tokens);

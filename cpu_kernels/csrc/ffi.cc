@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #include "dispatch.h"
 #include "pack.h"
@@ -11,6 +12,7 @@ namespace quire {
 namespace {
 
 namespace ffi = xla::ffi;
+using Matrix = ffi::BufferR2<ffi::F32>;
 
 std::atomic<const Kernels*> chosen{nullptr};
 std::atomic<int> num_threads{1};
@@ -31,67 +33,90 @@ Dtype dtype_of(ffi::DataType type) {
   return type == ffi::DataType::BF16 ? Dtype::kBf16 : Dtype::kF32;
 }
 
-bool is_served(ffi::DataType type) {
-  return type == ffi::DataType::BF16 || type == ffi::DataType::F32;
-}
-
 // An absent argument is passed with no elements.
 const void* or_null(const ffi::AnyBuffer& buffer) {
   return buffer.element_count() == 0 ? nullptr : buffer.untyped_data();
 }
 
-ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::AnyBuffer norm,
-                  ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y,
-                  ffi::Result<ffi::AnyBuffer> workspace, double epsilon, bool is_exact,
-                  bool is_gated) {
-  const auto shape = x.dimensions(), made = y->dimensions();
-  if (!is_served(x.element_type()) || !is_served(weight.element_type())) {
-    return ffi::Error::InvalidArgument("quire_linear takes f32 and bf16");
+Weight weight_of(const ffi::AnyBuffer& packed, int64_t in, int64_t out, const void* bias) {
+  return {packed.untyped_data(), dtype_of(packed.element_type()), in, out, bias};
+}
+
+ffi::Error check(const char* op, const ffi::AnyBuffer& weight, int64_t workspace, int64_t needed) {
+  const auto type = weight.element_type();
+  if (type != ffi::DataType::BF16 && type != ffi::DataType::F32) {
+    return ffi::Error::InvalidArgument(std::string(op) + " takes weights of f32 and bf16");
   }
-  Linear call = {};
-  call.rows = shape[0];
-  call.in = shape[1];
-  call.out = made[1];
-  call.x = x.untyped_data();
-  call.x_dtype = dtype_of(x.element_type());
-  call.weight = weight.untyped_data();
-  call.weight_dtype = dtype_of(weight.element_type());
-  call.norm = or_null(norm);
-  call.epsilon = static_cast<float>(epsilon);
-  call.bias = or_null(bias);
-  call.vector_dtype = dtype_of(weight.element_type());
-  call.residual = static_cast<const float*>(or_null(residual));
-  call.is_exact = is_exact;
-  call.is_gated = is_gated;
-  call.y = y->untyped_data();
-  call.y_dtype = dtype_of(y->element_type());
-  call.workspace = workspace->untyped_data();
-  if (static_cast<int64_t>(workspace->size_bytes()) < workspace_bytes(call.rows, call.in)) {
-    return ffi::Error::InvalidArgument("quire_linear: the workspace is too small");
+  if (workspace < needed) {
+    return ffi::Error::InvalidArgument(std::string(op) + ": the workspace is too small");
   }
-  XlaPool scheduler(pool);
-  Team team(scheduler, num_threads.load(std::memory_order_relaxed));
-  chosen.load(std::memory_order_acquire)->linear(team, call);
   return ffi::Error::Success();
 }
 
-ffi::Error head_argmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
+const Kernels& kernels() { return *chosen.load(std::memory_order_acquire); }
+
+int threads() { return num_threads.load(std::memory_order_relaxed); }
+
+ffi::Error linear(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight, ffi::AnyBuffer norm,
+                  ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::Result<Matrix> y,
+                  ffi::Result<ffi::AnyBuffer> workspace, double epsilon, bool is_exact) {
+  Linear call = {};
+  call.rows = x.dimensions()[0];
+  call.x = x.typed_data();
+  call.norm = {or_null(norm), static_cast<float>(epsilon)};
+  call.is_exact = is_exact;
+  call.weight = weight_of(weight, x.dimensions()[1], y->dimensions()[1], or_null(bias));
+  call.residual = static_cast<const float*>(or_null(residual));
+  call.y = y->typed_data();
+  call.workspace = workspace->untyped_data();
+  const int64_t needed = workspace_bytes(call.rows, call.weight.in);
+  const ffi::Error error = check("quire_linear", weight, workspace->size_bytes(), needed);
+  if (error.failure()) return error;
+  XlaPool scheduler(pool);
+  Team team(scheduler, threads());
+  kernels().linear(team, call);
+  return ffi::Error::Success();
+}
+
+ffi::Error mlp(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer norm, ffi::AnyBuffer gate_up,
+               ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down, ffi::AnyBuffer down_bias,
+               ffi::Result<Matrix> y, ffi::Result<ffi::AnyBuffer> workspace, double epsilon,
+               int64_t inner) {
+  const int64_t hidden = x.dimensions()[1];
+  Mlp call = {};
+  call.rows = x.dimensions()[0];
+  call.x = x.typed_data();
+  call.norm = {or_null(norm), static_cast<float>(epsilon)};
+  call.gate_up = weight_of(gate_up, hidden, 2 * inner, or_null(gate_up_bias));
+  call.down = weight_of(down, inner, hidden, or_null(down_bias));
+  call.y = y->typed_data();
+  call.workspace = workspace->untyped_data();
+  const int64_t needed = workspace_bytes(call.rows, hidden) + workspace_bytes(call.rows, inner);
+  const ffi::Error error = check("quire_mlp", gate_up, workspace->size_bytes(), needed);
+  if (error.failure()) return error;
+  XlaPool scheduler(pool);
+  Team team(scheduler, threads());
+  kernels().mlp(team, call);
+  return ffi::Error::Success();
+}
+
+ffi::Error head_argmax(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight,
                        ffi::Result<ffi::BufferR1<ffi::S32>> token,
                        ffi::Result<ffi::BufferR1<ffi::S32>> is_bad,
                        ffi::Result<ffi::AnyBuffer> workspace, int64_t vocab) {
   HeadArgmax call = {};
   call.rows = x.dimensions()[0];
-  call.in = x.dimensions()[1];
-  call.vocab = vocab;
-  call.x = static_cast<const float*>(x.untyped_data());
-  call.weight = weight.untyped_data();
-  call.weight_dtype = dtype_of(weight.element_type());
+  call.x = x.typed_data();
+  call.weight = weight_of(weight, x.dimensions()[1], vocab, nullptr);
   call.token = token->typed_data();
   call.is_bad = is_bad->typed_data();
   call.workspace = workspace->untyped_data();
+  const int64_t needed = workspace_bytes(call.rows, call.weight.in);
+  const ffi::Error error = check("quire_head_argmax", weight, workspace->size_bytes(), needed);
+  if (error.failure()) return error;
   XlaPool scheduler(pool);
-  Team team(scheduler, num_threads.load(std::memory_order_relaxed));
-  chosen.load(std::memory_order_acquire)->head_argmax(team, call);
+  Team team(scheduler, threads());
+  kernels().head_argmax(team, call);
   return ffi::Error::Success();
 }
 
@@ -168,8 +193,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
   call.q = static_cast<float*>(q->untyped_data());
   call.out = static_cast<float*>(out->untyped_data());
   XlaPool scheduler(pool);
-  Team team(scheduler, num_threads.load(std::memory_order_relaxed));
-  chosen.load(std::memory_order_acquire)->attention(team, call);
+  Team team(scheduler, threads());
+  kernels().attention(team, call);
   return ffi::Error::Success();
 }
 
@@ -181,21 +206,34 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_linear, quire::linear,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<double>("epsilon")
-                                  .Attr<bool>("is_exact")
-                                  .Attr<bool>("is_gated"));
+                                  .Attr<bool>("is_exact"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_mlp, quire::mlp,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<double>("epsilon")
+                                  .Attr<int64_t>("inner"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_head_argmax, quire::head_argmax,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()
                                   .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <memory>
 
-#include "linear.h"
+#include "product.h"
 
 namespace quire::QUIRE_LEVEL {
 
@@ -37,7 +37,7 @@ class Highest {
   }
 
   void operator()(int64_t first_row, int64_t rows, int64_t panel, const float* sums) const {
-    const int64_t first = panel * kPanel, count = std::min(kPanel, call_.vocab - first);
+    const int64_t first = panel * kPanel, count = std::min(kPanel, call_.weight.out - first);
     for (int64_t r = 0; r < rows; ++r) {
       const float* s = sums + r * kPanel;
       float highest = s[0], zeros = 0.0f;
@@ -80,16 +80,10 @@ class Highest {
 };
 
 inline void head_argmax(Team& team, const HeadArgmax& call) {
-  Linear product = {};
-  product.rows = call.rows;
-  product.in = call.in;
-  product.out = call.vocab;
-  product.x = call.x;
-  product.weight = call.weight;
-  product.weight_dtype = call.weight_dtype;
-  product.workspace = call.workspace;
+  const Rows x = rows_for(call.weight, call.rows, false, call.workspace);
+  prepare(team, call.x, Norm{}, call.weight, x);
   const Highest highest(call);
-  multiply(team, product, round_up(call.vocab, kPanel) / kPanel, highest);
+  multiply(team, x, call.weight, highest);
   highest.write();
 }
 

@@ -18,37 +18,54 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// y = act(norm(x) W^T + bias) + residual. With `gated`, W has a panel of 16 gates and their 16 ups
-// for every 16 outputs, and act is silu(gate) * up.
-struct Linear {
-  int64_t rows, in, out;
-  const void* x;  // [rows, in], x_dtype
-  Dtype x_dtype;
-  const void* weight;  // packed
-  Dtype weight_dtype;
-  const void* norm;  // [in], vector_dtype; null: none
+// A packed matrix [out, in]; the gates and ups of a gated layer: see pack.h.
+struct Weight {
+  const void* packed;
+  Dtype dtype;  // f32 or bf16, of the vectors that go with it as well
+  int64_t in, out;
+  const void* bias;  // [out]; null: none
+};
+
+// An RMS norm; no weight: none.
+struct Norm {
+  const void* weight;  // [in], in the dtype of the matrix that follows
   float epsilon;
-  const void* bias;  // [out], or [2 * out] if gated, vector_dtype; null: none
-  Dtype vector_dtype;
+};
+
+// y = residual + norm(x) W^T + bias
+struct Linear {
+  int64_t rows;
+  const float* x;  // [rows, in]
+  Norm norm;
+  bool is_exact;  // norm(x) is kept to twice the bits of bf16
+  Weight weight;
   const float* residual;  // [rows, out]; null: none
-  bool is_exact;          // x is kept to twice the bits of bf16
-  bool is_gated;
-  void* y;  // [rows, out], y_dtype
-  Dtype y_dtype;
-  void* workspace;  // workspace_bytes(rows, in)
+  float* y;               // [rows, out]
+  void* workspace;        // workspace_bytes(rows, in)
+};
+
+// y = x + (silu(gate) * up) D^T + bias, where gate and up are products with norm(x).
+struct Mlp {
+  int64_t rows;
+  const float* x;  // [rows, in]
+  Norm norm;
+  Weight gate_up;   // gated: out is twice the width between
+  Weight down;      // in is that width, out that of x
+  float* y;         // [rows, in]
+  void* workspace;  // workspace_bytes(rows, in) + workspace_bytes(rows, down.in)
 };
 
 // The highest logit of each row and where it is.
 struct HeadArgmax {
-  int64_t rows, in, vocab;
+  int64_t rows;
   const float* x;  // [rows, in]
-  const void* weight;
-  Dtype weight_dtype;
+  Weight weight;   // out: the vocabulary
   int32_t* token;   // [rows], the lowest id of the highest logit
   int32_t* is_bad;  // [rows], 1 if a logit is not finite
   void* workspace;  // workspace_bytes(rows, in)
 };
 
+// Room for prepared rows: f32, or twice bf16.
 constexpr int64_t workspace_bytes(int64_t rows, int64_t in) {
   return round_up(rows, 16) * round_up(in, kDepth) * 4;
 }
@@ -80,6 +97,7 @@ struct Attention {
 struct Kernels {
   const char* name;
   void (*linear)(Team&, const Linear&);
+  void (*mlp)(Team&, const Mlp&);
   void (*head_argmax)(Team&, const HeadArgmax&);
   void (*attention)(Team&, const Attention&);
 };

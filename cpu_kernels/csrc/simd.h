@@ -166,17 +166,22 @@ inline float max(Vf v) {
 #endif
 }
 
-// e^x to 2 units in the last place for x <= 88; 0 below -87.3 (also for -infinity); NaN stays NaN.
-// Cephes' reduction: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r.
+// e^x to 2 units in the last place; 0 below -87.3 (also for -infinity); NaN stays NaN. Cephes'
+// reduction: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r.
 inline Vf exp(Vf x) {
-  const Vf highest = broadcast(88.3762626647949f), lowest = broadcast(-87.3365447505f);
-  const Vi is_low = x < lowest;
+  const Vf lowest = broadcast(-87.3365447505f), highest = broadcast(88.3762626647949f);
+#if defined(__AVX512F__)
+  // Of a NaN and a number, min and max give the second.
+  const Vf clamped = _mm512_min_ps(highest, _mm512_max_ps(lowest, x));
+  const Vf n = _mm512_roundscale_ps(clamped * broadcast(1.44269504088896341f), 0);
+#else
   Vf clamped = x > highest ? highest : x;
-  clamped = is_low ? lowest : clamped;
+  clamped = x < lowest ? lowest : clamped;
   // Adding 1.5 * 2^23 rounds to a whole number, which its low bits then hold.
   const Vf magic = broadcast(12582912.0f);
   const Vf shifted = fma(clamped, broadcast(1.44269504088896341f), magic);
   const Vf n = shifted - magic;
+#endif
   Vf r = fma(n, broadcast(-0.693359375f), clamped);
   r = fma(n, broadcast(2.12194440e-4f), r);
   Vf p = broadcast(1.9875691500e-4f);
@@ -186,9 +191,12 @@ inline Vf exp(Vf x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r + broadcast(1.0f));
+#if defined(__AVX512F__)
+  return _mm512_mask_scalef_ps(_mm512_setzero_ps(), _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ), p, n);
+#else
   const Vf scale = (Vf)(((Vi)shifted - (Vi)magic + 127) << 23);
-  const Vf result = p * scale;
-  return is_low ? Vf{} : result;
+  return x < lowest ? Vf{} : p * scale;
+#endif
 }
 
 // 1 / x to within a unit or two in the last place; a division takes as long as all of exp.
