@@ -38,14 +38,17 @@ def linear(
     bias: jax.Array | None = None,  # [out]
     residual: jax.Array | None = None,  # f32[tokens, out]
     is_exact: bool = False,
+    count: jax.Array | None = None,  # i32[]
 ) -> jax.Array:
     """f32[tokens, out]: residual + rms_norm(x) W^T + bias.
 
-    is_exact: rms_norm(x) is kept to twice the bits of bfloat16.
+    is_exact: rms_norm(x) is kept to twice the bits of bfloat16. count: rows from there on are
+    padding, and may hold anything.
     """
     tokens, width = x.shape
     results = (jax.ShapeDtypeStruct((tokens, out), jnp.float32), _workspace(tokens, width))
     made: Any = jax.ffi.ffi_call("quire_linear", results)(
+        _count(count, tokens),
         x,
         weight,
         _or_empty(norm, weight.dtype),
@@ -66,11 +69,13 @@ def mlp(
     down: jax.Array,  # packed, [hidden, inner]
     down_bias: jax.Array | None,  # [hidden]
     inner: int,
+    count: jax.Array | None = None,
 ) -> jax.Array:
-    """f32[tokens, hidden]: x + (silu(gate) * up) D^T + bias, of rms_norm(x)."""
+    """f32[tokens, hidden]: x + (silu(gate) * up) D^T + bias, of rms_norm(x); count: as of linear."""
     tokens, hidden = x.shape
     results = (jax.ShapeDtypeStruct(x.shape, jnp.float32), _workspace(tokens, hidden, inner))
     made: Any = jax.ffi.ffi_call("quire_mlp", results)(
+        _count(count, tokens),
         x,
         norm,
         gate_up,
@@ -143,6 +148,10 @@ def attention(
         soft_cap=soft_cap or 0.0,
     )
     return made[0], made[1], None if v is None else made[2]
+
+
+def _count(count: jax.Array | None, tokens: int) -> jax.Array:
+    return jnp.asarray(tokens, jnp.int32) if count is None else count
 
 
 def _or_empty(array: jax.Array | None, dtype: Any) -> jax.Array:

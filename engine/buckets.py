@@ -10,6 +10,8 @@ from .errors import ConfigError
 # Without 4: on CPU a step of 8 takes hardly longer than one of 2 (16.3 and 16.1 ms, 135M bf16), and
 # a program has its price in memory and at start.
 _TOKENS = (1, 2, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
+# With kernels that compute no padding a size costs but its program.
+_TOKENS_UNPADDED = (1, 8, 32, 128, 512, 2048, 8192)
 # Sizes of `sample`: fewer than those of forward, a few idle rows of the head cost little.
 _ROWS = (8, 32, 64, 128, 256)
 # What a step costs beside its padded tokens, in tokens: a CPU step of a 135M model takes about
@@ -31,6 +33,7 @@ class Buckets:
     slots: int
     width: int
     groups: int
+    is_padding_free: bool = False  # padded tokens cost next to nothing
 
     def layout(self, tokens: int) -> StepLayout:
         """The layout of the forward program of `tokens`."""
@@ -52,6 +55,8 @@ class Buckets:
         """
         if wanted >= self.tokens[-1]:
             return self.tokens[-1]
+        if self.is_padding_free:
+            return wanted
         whole = self.tokens_for(wanted)
         below = max((t for t in self.tokens if t < wanted), default=0)
         if not below or _STEP_COST + below + _cost(self.tokens, wanted - below) > (
@@ -90,10 +95,14 @@ def plan_buckets(
     token_buckets: tuple[int, ...] | None,
     pages_per_row: int,
     num_groups: int,
+    is_padding_free: bool,
 ) -> Buckets:
-    """The shapes of one engine. Raises ConfigError for token buckets that cannot serve a step."""
-    # A matmul with one row is 10-60x slower than with two on CPU.
-    smallest = 2 if platform == "cpu" else 1
+    """The shapes of one engine. Raises ConfigError for token buckets that cannot serve a step.
+
+    is_padding_free: the kernels compute no padded tokens.
+    """
+    # XLA's matmul with one row is 10-60x slower than with two on CPU.
+    smallest = 2 if platform == "cpu" and not is_padding_free else 1
     if token_buckets is not None:
         tokens = sorted(set(token_buckets))
         if not tokens or tokens[0] < smallest:
@@ -106,7 +115,8 @@ def plan_buckets(
                 f"{max_num_batched_tokens}, got {tokens[-1]}"
             )
     else:
-        tokens = [t for t in _TOKENS if smallest <= t < max_num_batched_tokens]
+        sizes = _TOKENS_UNPADDED if is_padding_free else _TOKENS
+        tokens = [t for t in sizes if smallest <= t < max_num_batched_tokens]
         tokens.append(max(max_num_batched_tokens, smallest))
     most_rows = max(min(max_num_seqs, max_num_batched_tokens), smallest)
     return Buckets(
@@ -115,4 +125,5 @@ def plan_buckets(
         slots=max_num_seqs,
         width=pages_per_row,
         groups=num_groups,
+        is_padding_free=is_padding_free,
     )

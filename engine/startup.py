@@ -149,6 +149,7 @@ class Builder:
             token_buckets=self.config.token_buckets,
             pages_per_row=kv_plan.table_width,
             num_groups=self.layout.num_groups,
+            is_padding_free=self.ops.is_padding_free,
         )
 
     def scheduler(self, kv_plan: KVPlan, secret: bytes) -> Scheduler:

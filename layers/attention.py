@@ -36,7 +36,8 @@ def attention(
 ) -> tuple[jax.Array, KVPages]:
     """x + attention of norm(x), and the cache with this step's keys and values."""
     # Scores turn the rounding of q and k into the largest error of a bfloat16 model.
-    qkv = weights.qkv.exact_product(x, weights.qkv_bias, norm)
+    count = step.batch.num_tokens
+    qkv = weights.qkv.exact_product(x, weights.qkv_bias, norm, count)
     norms = None if weights.q_norm is None else HeadNorms(weights.q_norm, weights.k_norm)
     out, kv = ctx.ops.attend(qkv, kv, step, spec, tables, norms)
-    return linear_sum(out, weights.out, weights.out_bias, x, ctx.model_axis), kv
+    return linear_sum(out, weights.out, weights.out_bias, x, count, ctx.model_axis), kv

@@ -124,6 +124,7 @@ def unpack(
                 write_page=jnp.where(is_real, page, num_pages),
                 write_offset=positions % page_size,
                 page_table=tables[group],
+                num_tokens=num_tokens,
                 num_single=num_single,
                 num_items=num_items,
                 item_row=part("item_row"),

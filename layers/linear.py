@@ -28,7 +28,9 @@ class Norm:
 
 
 class Matrix(Protocol):
-    """A weight [out, in]. x: f32[tokens, in]; results are f32."""
+    """A weight [out, in]. x: f32[tokens, in]; results are f32. count: i32[], rows from there on are
+    padding, whose results may be anything.
+    """
 
     def product(
         self,
@@ -37,10 +39,13 @@ class Matrix(Protocol):
         *,
         norm: Norm | None = None,
         residual: jax.Array | None = None,  # f32[tokens, out]
+        count: jax.Array | None = None,
     ) -> jax.Array:
         """residual + norm(x) W^T + bias"""
 
-    def exact_product(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+    def exact_product(
+        self, x: jax.Array, bias: jax.Array | None, norm: Norm, count: jax.Array
+    ) -> jax.Array:
         """The same with norm(x) kept to twice the bits of a bfloat16 weight's dtype."""
 
     def gated_mlp(
@@ -50,6 +55,7 @@ class Matrix(Protocol):
         norm: Norm,
         down: Any,  # a Matrix of the same type
         down_bias: jax.Array | None,
+        count: jax.Array,
         model_axis: str | None,
     ) -> jax.Array:
         """f32[tokens, in]: x + (silu(gate) * up) D^T + down_bias of norm(x), where the first half of
@@ -82,11 +88,14 @@ class DenseWeight:
         *,
         norm: Norm | None = None,
         residual: jax.Array | None = None,
+        count: jax.Array | None = None,
     ) -> jax.Array:
         y = _biased(self._dot(_normed(x, norm)), bias)
         return y if residual is None else residual + y
 
-    def exact_product(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+    def exact_product(
+        self, x: jax.Array, bias: jax.Array | None, norm: Norm, count: jax.Array
+    ) -> jax.Array:
         x, dtype = _normed(x, norm), self.w.dtype
         if dtype != jnp.bfloat16:
             return _biased(self._dot(x), bias)
@@ -103,10 +112,11 @@ class DenseWeight:
         norm: Norm,
         down: "DenseWeight",
         down_bias: jax.Array | None,
+        count: jax.Array,
         model_axis: str | None,
     ) -> jax.Array:
         gate, up = jnp.split(self.product(x, bias, norm=norm), 2, axis=-1)
-        return linear_sum(jax.nn.silu(gate) * up, down, down_bias, x, model_axis)
+        return linear_sum(jax.nn.silu(gate) * up, down, down_bias, x, count, model_axis)
 
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         y = self._dot(x)
@@ -134,14 +144,15 @@ def linear_sum(
     weight: Matrix,
     bias: jax.Array | None,
     residual: jax.Array,
+    count: jax.Array,
     model_axis: str | None,
 ) -> jax.Array:
     """residual + x W^T + b, with `in` split over the model axis: one all-reduce, after which the
     rest is added once.
     """
     if model_axis is None:
-        return weight.product(x, bias, residual=residual)
-    return residual + _biased(lax.psum(weight.product(x, None), model_axis), bias)
+        return weight.product(x, bias, residual=residual, count=count)
+    return residual + _biased(lax.psum(weight.product(x, None, count=count), model_axis), bias)
 
 
 def _normed(x: jax.Array, norm: Norm | None) -> jax.Array:

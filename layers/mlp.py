@@ -20,10 +20,14 @@ class GatedMlp:
     down_bias: Leaf  # [hidden]
 
 
-def gated_mlp(x: jax.Array, norm: Norm, weights: GatedMlp, ctx: Context) -> jax.Array:
-    """x + SwiGLU(norm(x)) (Shazeer 2020, section 2). x: f32[tokens, hidden]."""
+def gated_mlp(
+    x: jax.Array, norm: Norm, weights: GatedMlp, count: jax.Array, ctx: Context
+) -> jax.Array:
+    """x + SwiGLU(norm(x)) (Shazeer 2020, section 2). x: f32[tokens, hidden]; count: i32[], rows that
+    are not padding.
+    """
     w = weights
     made: jax.Array = w.gate_up.gated_mlp(
-        x, w.gate_up_bias, norm, w.down, w.down_bias, ctx.model_axis
+        x, w.gate_up_bias, norm, w.down, w.down_bias, count, ctx.model_axis
     )
     return made

@@ -27,11 +27,14 @@ class PackedWeight:
         *,
         norm: Norm | None = None,
         residual: jax.Array | None = None,
+        count: jax.Array | None = None,
     ) -> jax.Array:
-        return self._call(x, bias, norm, residual=residual)
+        return self._call(x, bias, norm, count, residual=residual)
 
-    def exact_product(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
-        return self._call(x, bias, norm, is_exact=True)
+    def exact_product(
+        self, x: jax.Array, bias: jax.Array | None, norm: Norm, count: jax.Array
+    ) -> jax.Array:
+        return self._call(x, bias, norm, count, is_exact=True)
 
     def gated_mlp(
         self,
@@ -40,11 +43,14 @@ class PackedWeight:
         norm: Norm,
         down: "PackedWeight",
         down_bias: jax.Array | None,
+        count: jax.Array,
         model_axis: str | None,
     ) -> jax.Array:
         assert self.shape.is_gated and model_axis is None
         inner = self.shape.rows // 2
-        return ops.mlp(x, norm.weight, norm.epsilon, self.w, bias, down.w, down_bias, inner)
+        return ops.mlp(
+            x, norm.weight, norm.epsilon, self.w, bias, down.w, down_bias, inner, count
+        )
 
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return ops.head_argmax(x, self.w, self.shape.rows)
@@ -61,6 +67,7 @@ class PackedWeight:
         x: jax.Array,
         bias: jax.Array | None,
         norm: Norm | None,
+        count: jax.Array | None,
         *,
         residual: jax.Array | None = None,
         is_exact: bool = False,
@@ -69,5 +76,5 @@ class PackedWeight:
         weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.epsilon)
         return ops.linear(
             x, self.w, self.shape.rows, norm=weight, epsilon=epsilon, bias=bias,
-            residual=residual, is_exact=is_exact,
+            residual=residual, is_exact=is_exact, count=count,
         )  # fmt: skip

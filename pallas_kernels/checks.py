@@ -53,6 +53,7 @@ class AttentionBatch:
     page_table: (
         jax.Array
     )  # i32[rows, width]; past the end, and before what a row's queries see, any
+    num_tokens: jax.Array  # i32[], the rest is padding
     num_single: jax.Array  # i32[]
     num_items: jax.Array  # i32[]
     item_row: jax.Array  # i32[items]
@@ -71,7 +72,7 @@ class PlannedBatch(NamedTuple):
 _AXIS_BY_FIELD = {
     "attend_from": "tokens", "attend_to": "tokens", "token_row": "tokens",
     "write_page": "tokens", "write_offset": "tokens", "page_table": None,
-    "num_single": "", "num_items": "",
+    "num_tokens": "", "num_single": "", "num_items": "",
     "item_row": "items", "item_first": "items", "item_count": "items",
 }  # fmt: skip
 

@@ -65,6 +65,11 @@ class Ops:
     attention: Implementation
     linear: str = "xla"
 
+    @property
+    def is_padding_free(self) -> bool:
+        """Whether padded tokens are skipped, not computed and dropped."""
+        return self.linear == "native" and self.attention.name == "native"
+
     def plan_attention(self, batch: AttentionBatch, page_size: int) -> PlannedBatch:
         """What the layers' calls have in common, computed once a step."""
         return PlannedBatch(batch, self.attention.plan(batch, page_size))

@@ -59,12 +59,13 @@ inline void prepare_token(const Attention& call, int64_t token, float* scratch) 
   const int64_t dim = call.head_dim, q_size = call.heads * dim, k_size = call.kv_heads * dim;
   const int64_t v_size = call.v == nullptr ? 0 : call.kv_heads * call.value_dim;
   const float* qkv = call.qkv + token * (q_size + k_size + v_size);
-  for (int64_t head = 0; head < call.heads; ++head) {
-    norm_and_rotate(call, qkv + head * dim, call.q_norm, token, call.scale, scratch,
-                    call.q + (token * call.heads + head) * dim);
-  }
   if (call.attend_from[token] >= call.attend_to[token]) {
     std::fill_n(call.out + token * call.heads * call.value_dim, call.heads * call.value_dim, 0.0f);
+  } else {
+    for (int64_t head = 0; head < call.heads; ++head) {
+      norm_and_rotate(call, qkv + head * dim, call.q_norm, token, call.scale, scratch,
+                      call.q + (token * call.heads + head) * dim);
+    }
   }
   const int64_t page = call.write_page[token], offset = call.write_offset[token];
   if (page < 0 || page >= call.num_pages) return;  // a padded token

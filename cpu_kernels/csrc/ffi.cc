@@ -1,5 +1,6 @@
 // The library as XLA sees it: handlers of custom calls, and a few functions for Python's ctypes.
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <string>
@@ -13,6 +14,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 using Matrix = ffi::BufferR2<ffi::F32>;
+using Count = ffi::BufferR0<ffi::S32>;
 
 std::atomic<const Kernels*> chosen{nullptr};
 std::atomic<int> num_threads{1};
@@ -53,15 +55,20 @@ ffi::Error check(const char* op, const ffi::AnyBuffer& weight, int64_t workspace
   return ffi::Error::Success();
 }
 
+// Rows from the count on are padding and not computed.
+int64_t rows_of(const Matrix& x, const Count& count) {
+  return std::clamp<int64_t>(*count.typed_data(), 0, x.dimensions()[0]);
+}
+
 const Kernels& kernels() { return *chosen.load(std::memory_order_acquire); }
 
 int threads() { return num_threads.load(std::memory_order_relaxed); }
 
-ffi::Error linear(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight, ffi::AnyBuffer norm,
+ffi::Error linear(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer weight, ffi::AnyBuffer norm,
                   ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::Result<Matrix> y,
                   ffi::Result<ffi::AnyBuffer> workspace, double epsilon, bool is_exact) {
   Linear call = {};
-  call.rows = x.dimensions()[0];
+  call.rows = rows_of(x, count);
   call.x = x.typed_data();
   call.norm = {or_null(norm), static_cast<float>(epsilon)};
   call.is_exact = is_exact;
@@ -78,13 +85,13 @@ ffi::Error linear(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight, ffi::An
   return ffi::Error::Success();
 }
 
-ffi::Error mlp(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer norm, ffi::AnyBuffer gate_up,
+ffi::Error mlp(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer norm, ffi::AnyBuffer gate_up,
                ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down, ffi::AnyBuffer down_bias,
                ffi::Result<Matrix> y, ffi::Result<ffi::AnyBuffer> workspace, double epsilon,
                int64_t inner) {
   const int64_t hidden = x.dimensions()[1];
   Mlp call = {};
-  call.rows = x.dimensions()[0];
+  call.rows = rows_of(x, count);
   call.x = x.typed_data();
   call.norm = {or_null(norm), static_cast<float>(epsilon)};
   call.gate_up = weight_of(gate_up, hidden, 2 * inner, or_null(gate_up_bias));
@@ -206,6 +213,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_linear, quire::linear,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR0<xla::ffi::S32>>()
                                   .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
@@ -219,6 +227,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_linear, quire::linear,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_mlp, quire::mlp,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR0<xla::ffi::S32>>()
                                   .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -126,6 +126,7 @@ void pair_panels(const Rows& x, const Weight& weight, int64_t begin, int64_t end
 // Calls finish(first row, rows, panel, sums [rows][32]) for every panel and all rows, from any thread.
 template <typename Finish>
 void multiply(Team& team, const Rows& x, const Weight& weight, const Finish& finish) {
+  if (x.count == 0) return;
   constexpr int64_t kPiecesPerThread = 4;
   const int64_t panels = round_up(weight.out, kPanel) / kPanel;
   team.split(panels, 1, kPiecesPerThread, [&](int64_t begin, int64_t end) {

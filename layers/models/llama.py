@@ -173,7 +173,8 @@ class Decoder:
         """One layer; the residual stream stays in f32."""
         norm = Norm(weights.attention_norm, self.spec.epsilon)
         x, kv = attention(x, norm, weights.attention, kv, step, tables, self.attention, ctx)
-        return gated_mlp(x, Norm(weights.mlp_norm, self.spec.epsilon), weights.mlp, ctx), kv
+        norm = Norm(weights.mlp_norm, self.spec.epsilon)
+        return gated_mlp(x, norm, weights.mlp, step.batch.num_tokens, ctx), kv
 
     def final_norm(self, weights: Weights, x: jax.Array) -> jax.Array:
         """f32[tokens, hidden]: what the head reads."""

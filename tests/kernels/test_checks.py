@@ -39,6 +39,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
             ("attend_from", "attend_to", "token_row", "write_page", "write_offset"), whole(TOKENS)
         ),
         page_table=whole(ROWS, WIDTH),
+        num_tokens=whole(),
         num_single=whole(),
         num_items=whole(),
         **dict.fromkeys(("item_row", "item_first", "item_count"), whole(ITEMS)),

@@ -181,6 +181,7 @@ def make_inputs(case: Case, rows: list[Row], seed: int) -> Inputs:
         write_page=write_page,
         write_offset=per_token["offset"],
         page_table=table,
+        num_tokens=np.int32(total),
         num_single=np.int32(sum(row.count == 1 for row in rows)),
         num_items=np.int32(len(items)),
         item_row=columns[0],
