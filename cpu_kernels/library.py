@@ -15,7 +15,7 @@ import jax
 
 VARIABLE = "QUIRE_CPU_KERNELS"
 PATH = Path(__file__).parent / "libquire_cpu.so"
-_HANDLERS = ("linear", "mlp", "head_argmax", "embed", "attention")
+_HANDLERS = ("linear", "mlp", "head_argmax", "embed", "attention", "zeros")
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,12 @@ def mlp(
     return made[0]
 
 
+def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An array of zeros in huge pages, where the system has them."""
+    made: jax.Array = jax.ffi.ffi_call("quire_zeros", jax.ShapeDtypeStruct(shape, dtype))()
+    return made
+
+
 def head_argmax(x: jax.Array, weight: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
     """i32[rows] lowest id of the highest logit, and i32[rows] 1 where a logit is not finite.
 

@@ -295,7 +295,8 @@ class Runner:
         def make() -> Any:
             zeros = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
             open_masks = jax.tree.map(lambda a: jnp.full(a.shape, 0xFFFFFFFF, a.dtype), masks)
-            return zeros(kv), zeros(state), zeros(lengths), open_masks
+            pages = jax.tree.map(lambda a: self.programs.ctx.ops.zeros(a.shape, a.dtype), kv)
+            return pages, zeros(state), zeros(lengths), open_masks
 
         shardings = jax.tree.map(lambda a: a.sharding, (kv, state, lengths, masks))
         return jax.jit(make, out_shardings=shardings).lower()

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from .arena import Arena
 from .mesh import partition
 from .param import Param, map_params, param_leaves
 from .quantization.registry import WeightFormat
@@ -217,6 +218,7 @@ def load_weights(
     and misshapen tensors.
     """
     check_names(checkpoint, params, is_unused)
+    arena = _arena(params, weight_format, mesh)
 
     def load(param: Param) -> Any:
         parts = [checkpoint.read(s.tensor) for s in param.slices]
@@ -232,9 +234,8 @@ def load_weights(
                 f"{names}: values beyond float16's 65504 would become infinite; use dtype "
                 "bfloat16 or float32"
             )
-        prepared = weight_format.prepare(param, joined)
-        array = jax.device_put(prepared, NamedSharding(mesh, partition(param.axes)))
-        progress(prepared.nbytes)
+        array = _placed(param, joined, weight_format, mesh, arena)
+        progress(array.nbytes)
         return weight_format.wrap(param, array)
 
     with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load") as pool:
@@ -281,6 +282,7 @@ def dummy_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, seed: in
     value, the rest normal(0, 0.02).
     """
     index = {id(param): i for i, param in enumerate(param_leaves(params))}
+    arena = _arena(params, weight_format, mesh)
     key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
     def make(param: Param) -> Any:
@@ -288,8 +290,7 @@ def dummy_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, seed: in
         build = _constant if param.fill is not None else _normal
         array = build(key, index[id(param)], param.shape, weight_format.dtype, sharding, param.fill)
         if weight_format.shape(param) != param.shape:
-            prepared = weight_format.prepare(param, np.asarray(array))
-            array = jax.device_put(prepared, sharding)
+            array = _placed(param, np.asarray(array), weight_format, mesh, arena)
         return weight_format.wrap(param, array)
 
     return map_params(make, params)
@@ -320,6 +321,23 @@ def _constant(
     fill: float,
 ) -> jax.Array:
     return jax.lax.with_sharding_constraint(jnp.full(shape, fill, dtype), sharding)
+
+
+def _arena(params: Any, weight_format: WeightFormat, mesh: Mesh) -> Arena | None:
+    """Where arrays are made that the one CPU device reads in place; None: they are copied to it."""
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return None
+    return Arena(weight_bytes(params, weight_format), len(param_leaves(params)))
+
+
+def _placed(
+    param: Param, values: np.ndarray, weight_format: WeightFormat, mesh: Mesh, arena: Arena | None
+) -> jax.Array:
+    """The Param's array on its devices, from its values."""
+    shape, dtype = weight_format.shape(param), weight_format.dtype
+    array = np.zeros(shape, dtype) if arena is None else arena.take(shape, dtype)
+    weight_format.fill(param, values, array)
+    return jax.device_put(array, NamedSharding(mesh, partition(param.axes)))
 
 
 def weight_bytes(params: Any, weight_format: WeightFormat) -> int:

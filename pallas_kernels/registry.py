@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..cpu_kernels import library
+from ..cpu_kernels import library, ops
 from . import attention_cpu, attention_jnp, reference
 from .checks import (
     AttentionBatch,
@@ -96,6 +96,10 @@ class Ops:
         heads = split_heads(qkv, kv_heads, head_dim, tables, norms, spec.norm_epsilon)
         out, kv = self.attention.run(*heads, kv, *step, spec, None)
         return out.reshape(out.shape[0], -1), kv
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """For the KV cache."""
+        return ops.zeros(shape, dtype) if self.linear == "native" else jnp.zeros(shape, dtype)
 
     def names(self) -> dict[str, str]:
         """Op name -> implementation name, for the log and `quire env`."""

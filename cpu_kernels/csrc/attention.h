@@ -1,5 +1,8 @@
 // Ragged attention over pages in place: head norms, rope, the KV write, then an online softmax.
 //
+// Inside a page, keys lie with their positions side by side, [head_dim][page_size], so that a vector
+// holds one number of several keys; values lie [page_size][value_dim].
+//
 // Keys are taken in chunks of 64 at fixed positions, chunks in segments of 512; segments are
 // combined in order. So a query's arithmetic depends on its own key range alone, not on who shares
 // its work, how a prompt was cut, or the number of threads.
@@ -42,16 +45,12 @@ inline void norm_and_rotate(const Attention& call, const float* x, const void* n
   for (int64_t i = half; i < dim; ++i) to[i] = (x[i] * cos[i] + x[i - half] * sin[i]) * factor;
 }
 
-inline void write_row(const float* x, int64_t dim, void* cache, Dtype dtype, int64_t row) {
-  if (dtype == Dtype::kF32) {
-    std::memcpy(static_cast<float*>(cache) + row * dim, x, dim * sizeof(float));
-    return;
-  }
-  auto* to = static_cast<uint16_t*>(cache) + row * dim;
-  if (dtype == Dtype::kF16) {
-    for (int64_t i = 0; i < dim; ++i) to[i] = to_f16(x[i]);
-  } else {
-    for (int64_t i = 0; i < dim; ++i) to[i] = to_bf16(x[i]);
+// Numbers x[i] to cache[first + i * stride].
+inline void write(const float* x, int64_t dim, void* cache, Dtype dtype, int64_t first, int64_t stride) {
+  for (int64_t i = 0; i < dim; ++i) {
+    const int64_t at = first + i * stride;
+    if (dtype == Dtype::kF32) static_cast<float*>(cache)[at] = x[i];
+    else static_cast<uint16_t*>(cache)[at] = dtype == Dtype::kF16 ? to_f16(x[i]) : to_bf16(x[i]);
   }
 }
 
@@ -71,12 +70,12 @@ inline void prepare_token(const Attention& call, int64_t token, float* scratch) 
   if (page < 0 || page >= call.num_pages) return;  // a padded token
   float* rotated = scratch + dim;
   for (int64_t head = 0; head < call.kv_heads; ++head) {
-    const int64_t row = (page * call.kv_heads + head) * call.page_size + offset;
+    const int64_t first = (page * call.kv_heads + head) * call.page_size;
     norm_and_rotate(call, qkv + q_size + head * dim, call.k_norm, token, 1.0f, scratch, rotated);
-    write_row(rotated, dim, call.k, call.kv_dtype, row);
+    write(rotated, dim, call.k, call.kv_dtype, first * dim + offset, call.page_size);
     if (call.v != nullptr) {
       const float* v = qkv + q_size + k_size + head * call.value_dim;
-      write_row(v, call.value_dim, call.v, call.kv_dtype, row);
+      write(v, call.value_dim, call.v, call.kv_dtype, (first + offset) * call.value_dim, 1);
     }
   }
 }
@@ -110,26 +109,8 @@ class Floats {
 
 // What a thread keeps from piece to piece.
 struct Scratch {
-  Floats rows, keys, values, scores, lane_totals, sums, totals, highest;
+  Floats keys, values, scores, lane_totals, sums, totals, highest;
 };
-
-inline void transpose(Vf (&rows)[kLanes]) {
-  Vi low, high;
-  for (int i = 0; i < kLanes / 2; ++i) {
-    low[2 * i] = i;
-    low[2 * i + 1] = kLanes + i;
-    high[2 * i] = kLanes / 2 + i;
-    high[2 * i + 1] = kLanes + kLanes / 2 + i;
-  }
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    Vf next[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-  }
-}
 
 struct Bf16 {
   bf16 bits;
@@ -144,32 +125,61 @@ inline float widened_one(float x) { return x; }
 inline float widened_one(Bf16 x) { return from_bf16(x.bits); }
 inline float widened_one(F16 x) { return from_f16(x.bits); }
 
-// `count` rows of `dim` numbers that follow each other, as f32 rows of `width` with zeros after them.
 template <typename Element>
-void widen(const Element* from, int64_t count, int64_t dim, int64_t used, float* to, int64_t width) {
-  for (int64_t row = 0; row < count; ++row, from += dim, to += width) {
-    int64_t i = 0;
-    for (; i + kLanes <= used; i += kLanes) store(to + i, widened(from + i));
-    for (; i < used; ++i) to[i] = widened_one(from[i]);
-    for (; i < width; ++i) to[i] = 0.0f;
+void widen(const Element* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, widened(from + i));
+  for (; i < count; ++i) to[i] = widened_one(from[i]);
+}
+
+// Calls run(first page-relative position's address, its key in the chunk, keys) for each stretch of
+// keys [begin, end) of the chunk that lies in one page. dim: numbers of one key.
+template <typename Element, typename Run>
+void each_page(const Attention& call, const Piece& piece, const Element* cache, int64_t dim,
+               int64_t chunk, int64_t begin, int64_t end, const Run& run) {
+  const int32_t* table = call.page_table + piece.row * call.width;
+  for (int64_t key = begin; key < end;) {
+    const int64_t page = (chunk + key) / call.page_size;
+    const int64_t offset = chunk + key - page * call.page_size;
+    const int64_t count = std::min(call.page_size - offset, end - key);
+    run(cache + (table[page] * call.kv_heads + piece.kv_head) * call.page_size * dim, offset, key, count);
+    key += count;
   }
 }
 
-// f32 rows [kChunk][width] of a cache at positions [begin, end) of the chunk; zeros elsewhere.
+// f32 [head_dim][kChunk], zeros outside [begin, end).
 template <typename Element>
-void gather(const Attention& call, const Piece& piece, const Element* cache, int64_t dim,
-            int64_t chunk, int64_t begin, int64_t end, float* to, int64_t width) {
-  const int32_t* table = call.page_table + piece.row * call.width;
-  const int64_t used = std::min(width, dim);
-  std::fill_n(to, begin * width, 0.0f);
-  std::fill_n(to + end * width, (kChunk - end) * width, 0.0f);
-  for (int64_t key = begin; key < end;) {
-    const int64_t in_table = (chunk + key) / call.page_size;
-    const int64_t offset = chunk + key - in_table * call.page_size;
-    const int64_t count = std::min(call.page_size - offset, end - key);
-    const int64_t row = (table[in_table] * call.kv_heads + piece.kv_head) * call.page_size + offset;
-    widen(cache + row * dim, count, dim, used, to + key * width, width);
-    key += count;
+void gather_keys(const Attention& call, const Piece& piece, const Element* cache, int64_t chunk,
+                 int64_t begin, int64_t end, float* to) {
+  const int64_t dim = call.head_dim;
+  if (begin > 0 || end < kChunk) std::fill_n(to, dim * kChunk, 0.0f);
+  each_page(call, piece, cache, dim, chunk, begin, end,
+            [&](const Element* page, int64_t offset, int64_t key, int64_t count) {
+              for (int64_t i = 0; i < dim; ++i) {
+                widen(page + i * call.page_size + offset, count, to + i * kChunk + key);
+              }
+            });
+}
+
+// f32 [kChunk][width], zeros outside [begin, end) and past value_dim.
+template <typename Element>
+void gather_values(const Attention& call, const Piece& piece, const Element* cache, int64_t chunk,
+                   int64_t begin, int64_t end, float* to, int64_t width) {
+  const int64_t dim = call.value_dim;
+  if (begin > 0 || end < kChunk || width > dim) std::fill_n(to, kChunk * width, 0.0f);
+  each_page(call, piece, cache, dim, chunk, begin, end,
+            [&](const Element* page, int64_t offset, int64_t key, int64_t count) {
+              for (int64_t row = 0; row < count; ++row) {
+                widen(page + (offset + row) * dim, dim, to + (key + row) * width);
+              }
+            });
+}
+
+// The first numbers of each key as its value.
+inline void keys_as_values(const float* keys, int64_t dim, float* to, int64_t width) {
+  std::fill_n(to, kChunk * width, 0.0f);
+  for (int64_t key = 0; key < kChunk; ++key) {
+    for (int64_t i = 0; i < dim; ++i) to[key * width + i] = keys[i * kChunk + key];
   }
 }
 
@@ -275,8 +285,7 @@ class PieceWork {
  public:
   PieceWork(const Attention& call, const Piece& piece, Scratch& scratch)
       : call_(call), piece_(piece), group_(call.heads / call.kv_heads),
-        rows_(piece.count * group_), dim_(round_up(call.head_dim, kLanes)),
-        width_(round_up(call.value_dim, kLanes)) {
+        rows_(piece.count * group_), width_(round_up(call.value_dim, kLanes)) {
     lowest_ = INT32_MAX;
     for (int64_t t = piece.first; t < piece.first + piece.count; ++t) {
       if (call.attend_from[t] >= call.attend_to[t]) continue;
@@ -286,8 +295,7 @@ class PieceWork {
     lowest_ = std::min(lowest_, end_);
     first_segment_ = lowest_ / kSegment;
     num_segments_ = std::max<int64_t>(1, (end_ + kSegment - 1) / kSegment - first_segment_);
-    key_rows_ = scratch.rows.get(kChunk * dim_);
-    keys_ = scratch.keys.get(dim_ * kChunk);
+    keys_ = scratch.keys.get(call.head_dim * kChunk);
     values_ = scratch.values.get(kChunk * width_);
     scores_ = scratch.scores.get(rows_ * kChunk);
     lane_totals_ = scratch.lane_totals.get(rows_ * kLanes);
@@ -315,7 +323,7 @@ class PieceWork {
       attend_chunk(segment * rows_, chunk);
     }
     for (int64_t row = 0; row < rows_; ++row) {
-      totals_[segment * rows_ + row] = sum(QUIRE_LEVEL::load(lane_totals_ + row * kLanes));
+      totals_[segment * rows_ + row] = sum(load(lane_totals_ + row * kLanes));
     }
   }
 
@@ -323,10 +331,17 @@ class PieceWork {
   void attend_chunk(int64_t first, int64_t chunk) {
     const int64_t begin = std::max<int64_t>(0, lowest_ - chunk);
     const int64_t end = std::min(kChunk, end_ - chunk);
-    load(call_.k, call_.head_dim, chunk, begin, end, key_rows_, dim_);
-    transpose_keys();
-    if (call_.v == nullptr) load(call_.k, call_.head_dim, chunk, begin, end, values_, width_);
-    else load(call_.v, call_.value_dim, chunk, begin, end, values_, width_);
+    switch (call_.kv_dtype) {
+      case Dtype::kF32:
+        load_chunk<float>(chunk, begin, end);
+        break;
+      case Dtype::kBf16:
+        load_chunk<Bf16>(chunk, begin, end);
+        break;
+      case Dtype::kF16:
+        load_chunk<F16>(chunk, begin, end);
+        break;
+    }
     for (int64_t row = 0; row < rows_; row += kQueryRows) {
       const int64_t count = std::min<int64_t>(kQueryRows, rows_ - row);
       const float* q[kQueryRows];
@@ -343,35 +358,19 @@ class PieceWork {
                                     highest_[first + row + r], lane_totals_ + (row + r) * kLanes);
         if (shrink == 1.0f) continue;
         for (float* s = sums + r * width_; s < sums + (r + 1) * width_; s += kLanes) {
-          store(s, QUIRE_LEVEL::load(s) * broadcast(shrink));
+          store(s, load(s) * broadcast(shrink));
         }
       }
       value_rows<kQueryRows>(count, scores, values_, width_, sums);
     }
   }
 
-  void load(const void* cache, int64_t dim, int64_t chunk, int64_t begin, int64_t end, float* to,
-            int64_t width) {
-    switch (call_.kv_dtype) {
-      case Dtype::kF32:
-        return gather(call_, piece_, static_cast<const float*>(cache), dim, chunk, begin, end, to, width);
-      case Dtype::kBf16:
-        return gather(call_, piece_, static_cast<const Bf16*>(cache), dim, chunk, begin, end, to, width);
-      case Dtype::kF16:
-        return gather(call_, piece_, static_cast<const F16*>(cache), dim, chunk, begin, end, to, width);
-    }
-  }
-
-  // Keys of the chunk with a lane for each.
-  void transpose_keys() {
-    for (int64_t key = 0; key < kChunk; key += kLanes) {
-      for (int64_t i = 0; i < dim_; i += kLanes) {
-        Vf block[kLanes];
-        for (int j = 0; j < kLanes; ++j) block[j] = QUIRE_LEVEL::load(key_rows_ + (key + j) * dim_ + i);
-        transpose(block);
-        for (int j = 0; j < kLanes; ++j) store(keys_ + (i + j) * kChunk + key, block[j]);
-      }
-    }
+  template <typename Element>
+  void load_chunk(int64_t chunk, int64_t begin, int64_t end) {
+    gather_keys(call_, piece_, static_cast<const Element*>(call_.k), chunk, begin, end, keys_);
+    if (call_.v == nullptr) return keys_as_values(keys_, call_.value_dim, values_, width_);
+    const auto* v = static_cast<const Element*>(call_.v);
+    gather_values(call_, piece_, v, chunk, begin, end, values_, width_);
   }
 
   void combine(int64_t row) {
@@ -394,10 +393,9 @@ class PieceWork {
 
   const Attention& call_;
   const Piece piece_;
-  const int64_t group_, rows_, dim_, width_;
+  const int64_t group_, rows_, width_;
   int64_t lowest_, end_ = 0, first_segment_, num_segments_;
-  float* key_rows_;     // [kChunk][dim]
-  float* keys_;         // [dim][kChunk]
+  float* keys_;         // [head_dim][kChunk]
   float* values_;       // [kChunk][width]
   float* scores_;       // [rows][kChunk]
   float* lane_totals_;  // [rows][kLanes], of the segment: sums of weights

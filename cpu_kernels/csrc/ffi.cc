@@ -5,6 +5,10 @@
 #include <cstring>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "dispatch.h"
 #include "pack.h"
 #include "xla/ffi/api/ffi.h"
@@ -140,6 +144,18 @@ ffi::Error embed(ffi::BufferR1<ffi::S32> ids, ffi::AnyBuffer table,
   return ffi::Error::Success();
 }
 
+// The memory is new to the process: before it is touched, it can still be had in huge pages.
+ffi::Error zeros(ffi::Result<ffi::AnyBuffer> out) {
+  const size_t size = out->size_bytes();
+#if defined(MADV_HUGEPAGE)
+  const auto address = reinterpret_cast<uintptr_t>(out->untyped_data());
+  const uintptr_t begin = round_up(address, 1 << 21), end = (address + size) >> 21 << 21;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  std::memset(out->untyped_data(), 0, size);
+  return ffi::Error::Success();
+}
+
 ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::AnyBuffer k,
                      ffi::AnyBuffer v, ffi::AnyBuffer cos, ffi::AnyBuffer sin,
                      ffi::AnyBuffer q_norm, ffi::AnyBuffer k_norm, ffi::AnyBuffer sinks,
@@ -255,6 +271,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_embed, quire::embed,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Attr<int64_t>("vocab"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_zeros, quire::zeros,
+                              xla::ffi::Ffi::Bind().Ret<xla::ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_attention, quire::attention,
                               xla::ffi::Ffi::Bind()

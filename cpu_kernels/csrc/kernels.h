@@ -82,7 +82,7 @@ struct Attention {
   float scale;
   float soft_cap;      // 0: none
   const float* sinks;  // [heads], null: none
-  void* k;             // [num_pages, kv_heads, page_size, head_dim], kv_dtype
+  void* k;             // [num_pages, kv_heads, head_dim, page_size], kv_dtype
   void* v;             // [num_pages, kv_heads, page_size, value_dim]; null: the first columns of k
   Dtype kv_dtype;
   const int32_t *attend_from, *attend_to, *token_row, *write_page, *write_offset;  // [tokens]

@@ -24,9 +24,12 @@ class Packed:
         """Of the array that holds it."""
         return _shape(param).packed if _is_packed(param) else param.shape
 
-    def prepare(self, param: Param, values: np.ndarray) -> np.ndarray:
-        """The array from the Param's values in its own shape."""
-        return packing.pack(values, _shape(param)) if _is_packed(param) else values
+    def fill(self, param: Param, values: np.ndarray, array: np.ndarray) -> None:
+        """The array, of zeros, from the Param's values in its own shape."""
+        if _is_packed(param):
+            packing.pack(values, _shape(param), array)
+        else:
+            array[...] = values
 
     def wrap(self, param: Param, array: Any) -> Any:
         """What the layers read."""

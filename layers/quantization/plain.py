@@ -19,9 +19,9 @@ class Plain:
         """Of the array that holds it."""
         return param.shape
 
-    def prepare(self, param: Param, values: np.ndarray) -> np.ndarray:
-        """The array from the Param's values in its own shape."""
-        return values
+    def fill(self, param: Param, values: np.ndarray, array: np.ndarray) -> None:
+        """The array, of zeros, from the Param's values in its own shape."""
+        array[...] = values
 
     def wrap(self, param: Param, array: Any) -> Any:
         """What the layers read: a DenseWeight for a matrix, the array itself for the rest."""

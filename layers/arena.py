@@ -1,0 +1,36 @@
+"""Memory for the weights of a CPU device: one mapping in huge pages, which jax reads in place.
+
+With pages of 4 KiB a processor reads weights a quarter slower (16 and 21 GB/s on one core, seen): it
+looks up one address for every 64 lines.
+"""
+
+import math
+import mmap
+import threading
+
+import numpy as np
+
+_LINE = 64  # jax reads arrays in place that begin at a cache line
+_HUGE = 2 << 20
+
+
+class Arena:
+    """Hands out arrays of zeros, `num_bytes` in all; beyond that they are ordinary ones."""
+
+    def __init__(self, num_bytes: int, num_arrays: int) -> None:
+        self._lock = threading.Lock()
+        self._mapping = mmap.mmap(-1, num_bytes + num_arrays * _LINE + _HUGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        address = np.frombuffer(self._mapping, np.uint8).ctypes.data
+        self._next = -address % _HUGE
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            offset = self._next
+            if offset + size > len(self._mapping):
+                return np.zeros(shape, dtype)
+            self._next = offset + -(-size // _LINE) * _LINE
+        flat = np.frombuffer(self._mapping, np.uint8, size, offset)
+        return flat.view(dtype).reshape(shape)
