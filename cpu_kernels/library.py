@@ -33,14 +33,17 @@ class Library:
 
 @dataclass(frozen=True)
 class Missing:
-    """Why there is none, in one line for the start."""
+    """Why there is none: half a sentence for the line at the start."""
 
     reason: str
 
 
 @cache
 def load() -> Library | Missing:
-    """The library with its handlers registered, loaded at the first call."""
+    """The library with its handlers registered, loaded at the first call.
+
+    Raises LookupError for a level that QUIRE_CPU_KERNELS names and that is not one here.
+    """
     wanted = os.environ.get(VARIABLE, "")
     if wanted == "off":
         return Missing(f"{VARIABLE}=off")
@@ -56,8 +59,9 @@ def load() -> Library | Missing:
     levels = tuple(_levels(handle))
     level = wanted or levels[0]
     if level not in levels:
-        return Missing(
-            f"{VARIABLE}={wanted} is not one of this processor's levels: {', '.join(levels)}, off"
+        raise LookupError(
+            f"{VARIABLE} must be one of this processor's levels ({', '.join(levels)}) or off, got "
+            f"{wanted!r}; unset it to have the best"
         )
     built, running = handle.quire_ffi_version(), jax_ffi_version()
     if built != running:
@@ -66,7 +70,7 @@ def load() -> Library | Missing:
             "install quire again"
         )
     library = Library(handle, levels, level)
-    library.set_threads(len(os.sched_getaffinity(0)))
+    library.set_threads(1)
     for name in _HANDLERS:
         symbol = getattr(handle, f"quire_{name}")
         jax.ffi.register_ffi_target(f"quire_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
@@ -96,5 +100,14 @@ def _declare(handle: Any) -> None:
     long, pointer = ctypes.c_int64, ctypes.c_void_p
     handle.quire_level.argtypes, handle.quire_level.restype = (ctypes.c_int,), ctypes.c_char_p
     handle.quire_configure.argtypes = (ctypes.c_char_p, ctypes.c_int)
-    handle.quire_pack.argtypes = (pointer, long, long, long, long, ctypes.c_int, ctypes.c_int, pointer)
+    handle.quire_pack.argtypes = (
+        pointer,
+        long,
+        long,
+        long,
+        long,
+        ctypes.c_int,
+        ctypes.c_int,
+        pointer,
+    )
     handle.quire_pack.restype = None

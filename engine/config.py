@@ -86,6 +86,11 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = _option(True, "share the pages of equal prompt beginnings")
     max_logprobs: int = _option(20, "most logprobs a request may ask for; -1 lifts the cap")
+    cpu_threads: int | None = _option(
+        None,
+        "threads of the CPU kernels; the physical cores the process may use, or its CPU quota",
+        metavar="THREADS",
+    )
     lazy_compile: bool = _option(
         False, "compile each program on first use: starts at once, for debugging only"
     )
@@ -115,6 +120,7 @@ _LOWEST = {
     "kv_cache_memory_bytes": 1,
     "max_num_seqs": 1,
     "max_num_batched_tokens": 2,
+    "cpu_threads": 1,
     "page_size": 1,
     "max_logprobs": -1,
 }

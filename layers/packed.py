@@ -48,9 +48,7 @@ class PackedWeight:
     ) -> jax.Array:
         assert self.shape.is_gated and model_axis is None
         inner = self.shape.rows // 2
-        return ops.mlp(
-            x, norm.weight, norm.epsilon, self.w, bias, down.w, down_bias, inner, count
-        )
+        return ops.mlp(x, norm.weight, norm.epsilon, self.w, bias, down.w, down_bias, inner, count)
 
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return ops.head_argmax(x, self.w, self.shape.rows)

@@ -86,6 +86,30 @@ def _require(condition: bool, rule: str) -> None:
         raise ContractError(rule)
 
 
+def check_attend(
+    qkv: jax.Array,  # [tokens, (heads + 2 * kv_heads) * head_dim]
+    kv: KVPages,
+    batch: AttentionBatch,
+    spec: AttentionSpec,
+) -> None:
+    """check_paged_attention of the heads that are one array."""
+    _require(qkv.ndim == 2, f"qkv must be [tokens, columns], got {qkv.shape}")
+    _require(
+        kv.k.ndim == 4, f"k pages must be [pages, kv_heads, page_size, head_dim], got {kv.k.shape}"
+    )
+    tokens, columns = qkv.shape
+    _, kv_heads, _, head_dim = kv.k.shape
+    heads = columns // head_dim - 2 * kv_heads
+    _require(
+        columns % head_dim == 0 and heads > 0,
+        f"qkv must be [tokens, (heads + 2 * {kv_heads}) * {head_dim}], got {qkv.shape}",
+    )
+    q, new = (
+        jax.ShapeDtypeStruct((tokens, count, head_dim), qkv.dtype) for count in (heads, kv_heads)
+    )
+    check_paged_attention(q, new, new, kv, batch, spec, None)
+
+
 def check_paged_attention(
     q: jax.Array,  # [tokens, heads, head_dim]
     k_new: jax.Array,  # [tokens, kv_heads, head_dim]

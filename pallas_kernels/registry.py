@@ -11,16 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..cpu_kernels import library, ops
+from ..cpu_kernels import ops
+from ..cpu_kernels.library import Library, Missing
+from ..cpu_kernels.library import load as cpu_library
 from . import attention_cpu, attention_jnp, reference
 from .checks import (
     AttentionBatch,
     AttentionSpec,
     KVPages,
     PlannedBatch,
-    check_paged_attention,
+    check_attend,
 )
 from .heads import HeadNorms, split_heads
+
+__all__ = ["Missing", "Ops", "choose", "cpu_library"]
 
 PagedAttention = Callable[..., tuple[jax.Array, KVPages]]
 
@@ -87,10 +91,7 @@ class Ops:
         [tokens, heads * value_dim] and the cache. The contract is checked.
         """
         _, kv_heads, _, head_dim = kv.k.shape
-        heads = jax.eval_shape(
-            lambda x: split_heads(x, kv_heads, head_dim, None, None, 0.0), qkv
-        )
-        check_paged_attention(heads.q, heads.k, heads.v, kv, step.batch, spec, None)
+        check_attend(qkv, kv, step.batch, spec)
         if self.attention.attend is not None:
             return self.attention.attend(qkv, kv, *step, spec, tables, norms, None)
         heads = split_heads(qkv, kv_heads, head_dim, tables, norms, spec.norm_epsilon)
@@ -112,7 +113,7 @@ def choose(platform: str, *, attention: str | None = None, dtype: Any = jnp.floa
 
     Raises LookupError naming what there is.
     """
-    has_library = platform == "cpu" and isinstance(library.load(), library.Library)
+    has_library = platform == "cpu" and isinstance(cpu_library(), Library)
     fitting = [
         i
         for i in PAGED_ATTENTION

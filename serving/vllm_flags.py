@@ -89,7 +89,6 @@ _REFUSED = {
     "speculative_draft_tensor_parallel_size": "speculative decoding is not implemented yet",
     "kv_offloading_size": "pages are not moved to the host; preempted requests are recomputed",
     "decode_steps": "steps of several tokens are not implemented yet",
-    "cpu_threads": "set XLA_FLAGS, or limit the processors with taskset",
 }
 
 # Of servers only. name -> why nothing is lost

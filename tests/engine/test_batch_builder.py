@@ -22,6 +22,7 @@ BUCKETS = plan_buckets(
     token_buckets=None,
     pages_per_row=WIDTH,
     num_groups=2,
+    is_padding_free=False,
 )
 NOTHING = RowNeeds(*[False] * 7)
 

@@ -11,7 +11,7 @@ from quire.pallas_kernels.checks import QUERIES_PER_ITEM
 
 def plan(platform: str = "cpu", **changes: Any) -> Buckets:
     defaults = {"max_num_seqs": 64, "max_num_batched_tokens": 1024, "token_buckets": None,
-                "pages_per_row": 128, "num_groups": 1}  # fmt: skip
+                "pages_per_row": 128, "num_groups": 1, "is_padding_free": False}  # fmt: skip
     return plan_buckets(platform, **(defaults | changes))
 
 
@@ -27,6 +27,13 @@ def test_the_programs_of_the_cpu_defaults():
         (8, greedy), (8, general), (32, greedy), (32, general), (64, greedy), (64, general),
     ]  # fmt: skip
     assert buckets.score_programs() == [(8, 8), (32, 32), (64, 64), (256, 64), (1024, 64)]
+
+
+def test_kernels_without_padding_need_fewer_programs():
+    buckets = plan(is_padding_free=True)
+    assert buckets.tokens == (1, 8, 32, 128, 512, 1024)
+    assert [buckets.fill(wanted) for wanted in (1, 33, 700, 1024, 5000)] == [1, 33, 700, 1024, 1024]
+    assert plan(is_padding_free=True, token_buckets=(1, 1024)).tokens == (1, 1024)
 
 
 def test_the_programs_of_the_gpu_defaults():

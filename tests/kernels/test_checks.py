@@ -127,17 +127,19 @@ def test_a_broken_contract_is_refused_with_its_rule(changes: dict[str, Any], mes
 
 def test_dispatch_checks_before_it_runs():
     ops = Ops(Implementation("never", ("cpu",), lambda *_: pytest.fail("it ran")))
-    given = arguments(q=array(6, 3, 8))
-    step = PlannedBatch(given.pop("batch"), None)
-    with pytest.raises(ContractError, match="heads must be a multiple"):
-        ops.paged_attention(step=step, **given)
+    given = arguments()
+    step = PlannedBatch(given["batch"], None)
+    for columns, rule in ((7 * 8, "heads must be a multiple"), (61, "qkv must be"), (8, "qkv must")):
+        with pytest.raises(ContractError, match=rule):
+            ops.attend(array(6, columns), given["kv"], step, given["spec"])
 
 
 def test_choose_takes_the_first_that_fits_and_names_the_rest():
-    assert choose("cpu").names() == {"paged_attention": "jnp"}
+    assert choose("cpu", attention="jnp").attention.name == "jnp"
+    assert choose("cuda").names() == {"paged_attention": "jnp", "linear": "xla"}
     assert choose("cuda", attention="reference").attention.run is reference.paged_attention
     message = (
-        r"no paged_attention named 'fast' for 'cpu'; there are jnp \(cpu/cuda\), reference \(cpu/"
+        r"no paged_attention named 'fast' for 'cpu'; there are native \(cpu\), jnp \(cpu/cuda\), "
     )
     with pytest.raises(LookupError, match=message):
         choose("cpu", attention="fast")

@@ -1,4 +1,4 @@
-"""attention_jnp against reference, and reference against a plain float64 loop.
+"""The implementations against reference, and reference against a plain float64 loop.
 
 Everything that no request owns holds NaN: KV slots past a row's length, the null page, and the
 inputs of padded tokens. A NaN in a result is a byte that must not have been read.
@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quire.cpu_kernels.library import Library
 from quire.pallas_kernels import reference
 from quire.pallas_kernels.checks import QUERIES_PER_ITEM, AttentionBatch, AttentionSpec, KVPages
-from quire.pallas_kernels.registry import PAGED_ATTENTION
+from quire.pallas_kernels.registry import PAGED_ATTENTION, cpu_library
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ CASES = {
 }
 # Rounding of the output; the arithmetic is f32 everywhere.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-9}
+
+
+# The library is there wherever there was a compiler; its own levels: tests/kernels/test_native.py.
+NAMES = ["jnp", *(["native"] if isinstance(cpu_library(), Library) else [])]
 
 
 @dataclass(frozen=True)
@@ -198,9 +203,17 @@ def make_inputs(case: Case, rows: list[Row], seed: int) -> Inputs:
 def compiled(case: Case, name: str) -> Any:
     op = {i.name: i for i in PAGED_ATTENTION}[name]
 
+    def turned(k: Any, rows: int, columns: int) -> Any:
+        """A K page of the native kernel holds its numbers as [head_dim, page_size]."""
+        if name != "native":
+            return k
+        return k.reshape(*k.shape[:2], rows, columns).swapaxes(2, 3).reshape(k.shape)
+
     def call(q: Any, k_new: Any, v_new: Any, kv: KVPages, batch: AttentionBatch, sinks: Any) -> Any:
         plan = op.plan(batch, case.page_size)
-        return op.run(q, k_new, v_new, kv, batch, plan, case.spec, sinks)
+        kv = KVPages(turned(kv.k, case.page_size, case.head_dim), kv.v)
+        out, kv = op.run(q, k_new, v_new, kv, batch, plan, case.spec, sinks)
+        return out, KVPages(turned(kv.k, case.head_dim, case.page_size), kv.v)
 
     return jax.jit(call)
 
@@ -263,12 +276,15 @@ SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=12, deadline=None)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @given(st.data(), SEEDS)
 @FEW
-def test_jnp_gives_what_the_reference_gives(case: Case, data: st.DataObject, seed: int):
+def test_each_gives_what_the_reference_gives(
+    case: Case, name: str, data: st.DataObject, seed: int
+):
     inputs = make_inputs(case, data.draw(ragged_rows(case)), seed)
-    out, kv = compiled(case, "jnp")(*inputs.arguments())
+    out, kv = compiled(case, name)(*inputs.arguments())
     want, want_kv = compiled(case, "reference")(*inputs.arguments())
     assert out.dtype == want.dtype == jnp.dtype(case.dtype)
     assert_close(out, want, case)
@@ -289,13 +305,14 @@ def test_reference_gives_what_a_plain_loop_gives(name: str, data: st.DataObject,
     assert_close(out, by_loop(inputs, case), case)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("row", [1, 3])
-def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours_do(row: int):
+def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours_do(row: int, name: str):
     """The others see nothing, or their keys are NaN: same chunks, same order of sums."""
     case = CASES["f32"]
     rows = [Row(1, 150, "causal"), Row(1, 90, "window"), Row(3, 130, "any"), Row(20, 20, "causal")]
     inputs = make_inputs(case, rows, seed=1)
-    before, _ = compiled(case, "jnp")(*inputs.arguments())
+    before, _ = compiled(case, name)(*inputs.arguments())
     is_mine = inputs.batch.token_row == row
     is_mine[inputs.num_tokens :] = False
     k = np.full_like(inputs.kv.k, np.nan)
@@ -303,16 +320,17 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours_do(row: int):
     k[mine] = inputs.kv.k[mine]
     batch = replace(inputs.batch, attend_to=np.where(is_mine, inputs.batch.attend_to, 0))
     changed = replace(inputs, kv=KVPages(k, inputs.kv.v), batch=batch)
-    after, _ = compiled(case, "jnp")(*changed.arguments())
+    after, _ = compiled(case, name)(*changed.arguments())
     assert np.asarray(before)[is_mine].any()
     assert_same_bytes(np.asarray(after)[is_mine], np.asarray(before)[is_mine])
 
 
-def test_an_unused_item_overwrites_nothing():
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unused_item_overwrites_nothing(name: str):
     """One place for items, none of them used, beside one-query rows."""
     case = replace(CASES["f32"], items=1)
     inputs = make_inputs(case, [Row(1, past, "causal") for past in (3, 9, 20)], seed=2)
-    out, _ = compiled(case, "jnp")(*inputs.arguments())
+    out, _ = compiled(case, name)(*inputs.arguments())
     want, _ = compiled(case, "reference")(*inputs.arguments())
     assert np.asarray(want)[: inputs.num_tokens].all(axis=(1, 2)).any()
     assert_close(out, want, case)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from quire.layers import sampling
+from quire.layers.linear import DenseWeight
 from quire.layers.rows import MAX_BIASES, RowState, num_words, pack_bits
 
 VOCAB = 200  # two blocks, the second not full
@@ -311,10 +312,16 @@ def test_each_row_of_a_mixed_batch_is_the_row_alone():
         assert elsewhere[(i + 3) % SLOTS] == together[i]
 
 
+def highest(logits: Any) -> Any:
+    """What the head tells of its logits."""
+    return DenseWeight(jnp.eye(VOCAB)).highest(jnp.asarray(logits))
+
+
 def test_idle_rows_change_no_state():
     state = make_state(MIXED)
     logits = some_logits(np.random.default_rng(0), SLOTS)
-    for sample in (compiled(), jax.jit(lambda x, s, at, *_: sampling.sample_greedy(x, s, at))):
+    greedy = jax.jit(lambda x, s, at, *_: sampling.sample_greedy(*highest(x), s, at))
+    for sample in (compiled(), greedy):
         mask = np.full((SLOTS, num_words(VOCAB)), 0xFFFFFFFF, np.uint32)
         flags = np.ones(NUM_FLAGS, np.int32)
         _, after = sample(logits, state, np.full(SLOTS, SLOTS, np.int32), flags, mask)
@@ -330,7 +337,8 @@ def test_a_row_that_is_not_finite_flags_only_itself(poison: float):
     got, bad, _ = run(logits, make_state(MIXED), range(SLOTS))
     assert bad.tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
     np.testing.assert_array_equal(np.delete(got, 4), np.delete(clean, 4))
-    greedy, _ = jax.jit(sampling.sample_greedy)(logits, make_state(MIXED), np.arange(SLOTS))
+    sample = jax.jit(lambda x, *rest: sampling.sample_greedy(*highest(x), *rest))
+    greedy, _ = sample(logits, make_state(MIXED), np.arange(SLOTS))
     assert greedy.token_and_flag[1].tolist() == bad.tolist()
 
 
