@@ -310,8 +310,8 @@ def test_dummy_weights_follow_from_the_seed_and_differ_by_tensor():
     embeddings = {tree.embedding.w.tobytes() for tree in trees.values()}
     assert len(embeddings) == 4
     tree = trees[0]
-    assert not np.array_equal(tree.embedding, tree.head.w)  # the same shape
-    assert abs(np.std(tree.embedding) - 0.02) < 0.005
+    assert not np.array_equal(tree.embedding.w, tree.head.w)  # the same shape
+    assert abs(np.std(tree.embedding.w) - 0.02) < 0.005
     np.testing.assert_array_equal(tree.norm, np.ones(8))
     kinds = map_params(lambda p: p.kind, params)
     assert (kinds.embedding, kinds.norm) == (Kind.EMBEDDING, Kind.VECTOR)
