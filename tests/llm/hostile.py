@@ -14,6 +14,7 @@ from quire.engine.core import EngineCore
 from quire.engine.runner import Runner
 from quire.layers.programs import Hidden
 from quire.layers.rows import RowState
+from quire.pallas_kernels.checks import KVPages
 
 GARBAGE = 0x5BADBADB
 
@@ -56,12 +57,22 @@ def _poison_pages(core: EngineCore, runner: Runner) -> None:
                 if page:
                     owned[page, : max(0, length - i * page_size)] = True
 
-    def poison(cache: jax.Array) -> jax.Array:
+    def poison(cache: jax.Array, *, is_turned: bool) -> jax.Array:
         values = np.array(cache)
-        values[np.broadcast_to(~owned[:, None, :, None], values.shape)] = np.nan
+        pages, kv_heads, _, dim = values.shape
+        if is_turned:
+            inside = values.reshape(pages, kv_heads, dim, page_size)
+            inside[np.broadcast_to(~owned[:, None, None, :], inside.shape)] = np.nan
+        else:
+            values[np.broadcast_to(~owned[:, None, :, None], values.shape)] = np.nan
         return jax.device_put(values, cache.sharding)
 
-    runner._kv = jax.tree.map(poison, runner._kv)
+    # The native kernel holds the keys of a page as [head_dim, page_size].
+    is_native = runner.programs.ctx.ops.attention.name == "native"
+    runner._kv = tuple(
+        KVPages(poison(kv.k, is_turned=is_native), poison(kv.v, is_turned=False))
+        for kv in runner._kv
+    )
 
 
 def _poison_idle_rows(core: EngineCore, runner: Runner) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from quire import LLM, SamplingParams
 from quire.engine.errors import EngineStopped, StepFailed
+from quire.layers.linear import DenseWeight
 
 from .engines import start
 
@@ -30,12 +31,12 @@ def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
 def poison_embedding(llm: LLM) -> None:
     """One token's embedding becomes NaN, as a damaged weight would."""
     runner = llm._engine.core.runner
-    table = runner._weights.embedding
+    table = runner._weights.embedding.w
     values = np.array(table)
     values[POISONED_TOKEN] = np.nan
     clean = runner._weights
     poisoned = jax.device_put(values, table.sharding)
-    runner._weights = dataclasses.replace(clean, embedding=poisoned)
+    runner._weights = dataclasses.replace(clean, embedding=DenseWeight(poisoned))
 
 
 def test_row_with_nan_ends_alone() -> None:
