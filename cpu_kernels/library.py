@@ -1,7 +1,7 @@
 """The compiled library: found, loaded once, its handlers registered with XLA.
 
-One library holds every instruction level of its architecture; the best one that the processor has is
-chosen here, or the one that QUIRE_CPU_KERNELS names ("off": none, as if there were no library).
+One library holds every instruction level of its architecture; the best one that the processor has
+is chosen here, or the one that QUIRE_CPU_KERNELS names ("off": as if there were no library).
 """
 
 import ctypes

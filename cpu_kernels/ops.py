@@ -71,7 +71,7 @@ def mlp(
     inner: int,
     count: jax.Array | None = None,
 ) -> jax.Array:
-    """f32[tokens, hidden]: x + (silu(gate) * up) D^T + bias, of rms_norm(x); count: as of linear."""
+    """f32[tokens, hidden]: x + (silu(gate) * up) D^T + bias of rms_norm(x); count: as in linear."""
     tokens, hidden = x.shape
     results = (jax.ShapeDtypeStruct(x.shape, jnp.float32), _workspace(tokens, hidden, inner))
     made: Any = jax.ffi.ffi_call("quire_mlp", results)(

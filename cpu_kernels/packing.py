@@ -12,8 +12,9 @@ def pack(matrix: np.ndarray, shape: Shape, packed: np.ndarray) -> None:
     """
     library = load()
     assert isinstance(library, Library)
-    assert matrix.shape == (shape.rows, shape.columns) and matrix.flags.c_contiguous
-    assert packed.shape == shape.packed and packed.dtype == matrix.dtype
+    assert matrix.shape == (shape.rows, shape.columns)
+    assert (packed.shape, packed.dtype) == (shape.packed, matrix.dtype)
+    assert matrix.flags.c_contiguous
     library.handle.quire_pack(
         matrix.ctypes.data, 0, shape.rows, shape.rows, shape.columns, shape.is_gated,
         matrix.dtype.itemsize, packed.ctypes.data,

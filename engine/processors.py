@@ -1,8 +1,11 @@
-"""How many processors this process may keep busy."""
+"""How many processors this process may keep busy, and what the CPU kernels make of them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..pallas_kernels.registry import Library, Missing
 
 _SYSTEM = Path("/sys")
 
@@ -13,6 +16,25 @@ class Processors:
 
     count: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the CPU kernels are here, in words; use() gives them their threads."""
+
+    line: str
+    use: Callable[[], None]
+
+
+def describe_kernels(library: Library | Missing, threads: int | None) -> Kernels:
+    """threads: as asked for; None: as many as there are processors for them."""
+    if isinstance(library, Missing):
+        line = f"none, {library.reason}; XLA's ops serve, several times slower"
+        return Kernels(line, lambda: None)
+    found = usable_processors()
+    count, reason = (found.count, found.reason) if threads is None else (threads, "cpu_threads")
+    line = f"{library.level}, {count} thread{'s' if count > 1 else ''} ({reason})"
+    return Kernels(line, lambda: library.set_threads(count))
 
 
 def usable_processors(system: Path = _SYSTEM, allowed: frozenset[int] | None = None) -> Processors:

@@ -33,7 +33,7 @@ from .errors import ConfigError, ModelError
 from .kv_plan import KVPlan, Sizes, gpu_kv_budget, plan_kv, table_width, wanted_context
 from .model_files import ModelFiles, open_model
 from .policies import POLICIES
-from .processors import usable_processors
+from .processors import describe_kernels
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerConfig
 
@@ -90,7 +90,9 @@ def start_engine(
     memory.check_total(build.memory_plan(runner))
     say(f"ops: {', '.join(f'{op} by {name}' for op, name in build.ops.names().items())}")
     if sizes.platform == "cpu":
-        say(_use_kernels(config.cpu_threads))
+        kernels = describe_kernels(registry.cpu_library(), config.cpu_threads)
+        kernels.use()
+        say(f"cpu kernels: {kernels.line}")
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
         # Reading files and compiling need different things; they go side by side.
         loading = pool.submit(build.weights, bar)
@@ -255,17 +257,6 @@ def _bar(name: str, total: int, **options: Any) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=name, leave=False, **options)
-
-
-def _use_kernels(threads: int | None) -> str:
-    """Tell the CPU kernels how many threads they have; a line that says what they got."""
-    library = registry.cpu_library()
-    if isinstance(library, registry.Missing):
-        return f"cpu kernels: none, {library.reason}; XLA's ops serve, several times slower"
-    found = usable_processors()
-    count, reason = (found.count, found.reason) if threads is None else (threads, "cpu_threads")
-    library.set_threads(count)
-    return f"cpu kernels: {library.level}, {count} thread{'s' if count > 1 else ''} ({reason})"
 
 
 def _note_useless_cache(cache: Path, report: CompileReport, say: Say) -> None:

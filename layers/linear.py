@@ -58,8 +58,8 @@ class Matrix(Protocol):
         count: jax.Array,
         model_axis: str | None,
     ) -> jax.Array:
-        """f32[tokens, in]: x + (silu(gate) * up) D^T + down_bias of norm(x), where the first half of
-        the rows of this matrix are gates, the rest ups.
+        """f32[tokens, in]: x + (silu(gate) * up) D^T + down_bias of norm(x), where the first half
+        of the rows of this matrix are gates, the rest ups.
         """
 
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

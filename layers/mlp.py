@@ -23,8 +23,8 @@ class GatedMlp:
 def gated_mlp(
     x: jax.Array, norm: Norm, weights: GatedMlp, count: jax.Array, ctx: Context
 ) -> jax.Array:
-    """x + SwiGLU(norm(x)) (Shazeer 2020, section 2). x: f32[tokens, hidden]; count: i32[], rows that
-    are not padding.
+    """x + SwiGLU(norm(x)) (Shazeer 2020, section 2). x: f32[tokens, hidden]; count: i32[], rows
+    that are not padding.
     """
     w = weights
     made: jax.Array = w.gate_up.gated_mlp(

@@ -13,8 +13,8 @@ from .param import Leaf
 @partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["shape"])
 @dataclass(frozen=True)
 class PackedWeight:
-    """A Matrix for one device; its form serves any number of rows. gated_mlp() needs a shape that is
-    gated, the others one that is not.
+    """A Matrix for one device; its form serves any number of rows. gated_mlp() needs a shape that
+    is gated, the others one that is not.
     """
 
     w: Leaf  # [panels, panel]
@@ -46,7 +46,8 @@ class PackedWeight:
         count: jax.Array,
         model_axis: str | None,
     ) -> jax.Array:
-        assert self.shape.is_gated and model_axis is None
+        assert self.shape.is_gated
+        assert model_axis is None
         inner = self.shape.rows // 2
         return ops.mlp(x, norm.weight, norm.epsilon, self.w, bias, down.w, down_bias, inner, count)
 

@@ -41,8 +41,8 @@ class RopeConfig:
 
 
 def rotary_tables(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32[tokens, head_dim] each, as pallas_kernels.heads.rotate wants them. positions: absolute,
-    i32[tokens].
+    """cos and sin, f32[tokens, head_dim] each, as rotate of pallas_kernels/heads.py wants them.
+    positions: absolute, i32[tokens].
     """
     angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(
         rope.inverse_frequency, jnp.float32

@@ -1,4 +1,8 @@
-"""Ragged paged attention by the C++ kernel: rotation, the cache's write and attention in one call."""
+"""Ragged paged attention by the C++ kernel: rotation, the cache's write and attention in one.
+
+A page of K holds its numbers as [head_dim, page_size], although its array has the shape of all
+implementations: only this one reads it.
+"""
 
 import jax
 import jax.numpy as jnp

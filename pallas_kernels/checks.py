@@ -17,7 +17,10 @@ QUERIES_PER_ITEM = 16
 
 
 class KVPages(NamedTuple):
-    """One layer's cache. `v` is None for a latent cache: its values are the first columns of k."""
+    """One layer's cache. `v` is None for a latent cache: its values are the first columns of k.
+
+    How a page's numbers lie inside it is the business of who reads it: see attention_cpu.py.
+    """
 
     k: Any  # array [pages, kv_heads, page_size, head_dim]
     v: Any  # the same [pages, kv_heads, page_size, value_dim]
@@ -104,16 +107,16 @@ def check_attend(
         columns % head_dim == 0 and heads > 0,
         f"qkv must be [tokens, (heads + 2 * {kv_heads}) * {head_dim}], got {qkv.shape}",
     )
-    q, new = (
+    q, new = (  # their shapes are all that is read
         jax.ShapeDtypeStruct((tokens, count, head_dim), qkv.dtype) for count in (heads, kv_heads)
     )
     check_paged_attention(q, new, new, kv, batch, spec, None)
 
 
 def check_paged_attention(
-    q: jax.Array,  # [tokens, heads, head_dim]
-    k_new: jax.Array,  # [tokens, kv_heads, head_dim]
-    v_new: jax.Array | None,  # [tokens, kv_heads, value_dim]
+    q: jax.Array | jax.ShapeDtypeStruct,  # [tokens, heads, head_dim]
+    k_new: jax.Array | jax.ShapeDtypeStruct,  # [tokens, kv_heads, head_dim]
+    v_new: jax.Array | jax.ShapeDtypeStruct | None,  # [tokens, kv_heads, value_dim]
     kv: KVPages,
     batch: AttentionBatch,
     spec: AttentionSpec,

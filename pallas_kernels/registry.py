@@ -24,7 +24,7 @@ from .checks import (
 )
 from .heads import HeadNorms, split_heads
 
-__all__ = ["Missing", "Ops", "choose", "cpu_library"]
+__all__ = ["Library", "Missing", "Ops", "choose", "cpu_library"]
 
 PagedAttention = Callable[..., tuple[jax.Array, KVPages]]
 

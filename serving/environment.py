@@ -9,8 +9,10 @@ import jax
 
 from .. import __version__
 from ..engine.compiler import default_cache_dir
+from ..engine.errors import ConfigError
 from ..engine.memory import format_bytes, host_memory
-from ..pallas_kernels.registry import choose
+from ..engine.processors import describe_kernels
+from ..pallas_kernels.registry import choose, cpu_library
 
 _PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy", "tokenizers",
@@ -23,7 +25,10 @@ def describe() -> dict[str, str]:
     devices = jax.devices()
     backend = jax.default_backend()
     memory = host_memory()
-    ops = choose("cuda" if backend == "gpu" else backend).names()
+    try:
+        ops = choose("cuda" if backend == "gpu" else backend).names()
+    except LookupError as error:
+        raise ConfigError(str(error)) from error
     return {
         "quire": __version__,
         "python": sys.version.split()[0],
@@ -33,6 +38,7 @@ def describe() -> dict[str, str]:
         "processors": str(len(os.sched_getaffinity(0))),
         "memory": f"{format_bytes(memory.available)} available of {format_bytes(memory.total)}",
         **{f"op {op}": name for op, name in ops.items()},
+        "cpu kernels": describe_kernels(cpu_library(), None).line,
         "compile cache": str(default_cache_dir()),
         "hub cache": os.environ.get("HF_HUB_CACHE", os.environ.get("HF_HOME", "the hub's default")),
     }

@@ -31,27 +31,46 @@ inline void norm_and_rotate(const Attention& call, const float* x, const void* n
                             float factor, float* normed, float* to) {
   const int64_t dim = call.head_dim, half = dim / 2;
   if (norm != nullptr) {
-    const float scale = inverse_rms(x, dim, call.epsilon);
-    for (int64_t i = 0; i < dim; ++i) normed[i] = x[i] * scale * get_as_f32(norm, call.vector_dtype, i);
+    norm_row(x, dim, {norm, call.epsilon}, call.vector_dtype, normed);
     x = normed;
   }
+  const Vf factors = broadcast(factor);
+  int64_t i = 0;
   if (call.cos == nullptr) {
-    for (int64_t i = 0; i < dim; ++i) to[i] = x[i] * factor;
+    for (; i + kLanes <= dim; i += kLanes) store(to + i, load(x + i) * factors);
+    for (; i < dim; ++i) to[i] = x[i] * factor;
     return;
   }
   const float* cos = call.cos + token * dim;
   const float* sin = call.sin + token * dim;
-  for (int64_t i = 0; i < half; ++i) to[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * factor;
-  for (int64_t i = half; i < dim; ++i) to[i] = (x[i] * cos[i] + x[i - half] * sin[i]) * factor;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vf low = load(x + i), high = load(x + half + i);
+    store(to + i, (low * load(cos + i) + high * load(sin + i)) * factors);
+    store(to + half + i, (high * load(cos + half + i) + low * load(sin + half + i)) * factors);
+  }
+  for (; i < half; ++i) {
+    const float low = x[i], high = x[half + i];
+    to[i] = (low * cos[i] + high * sin[i]) * factor;
+    to[half + i] = (high * cos[half + i] + low * sin[half + i]) * factor;
+  }
 }
 
 // Numbers x[i] to cache[first + i * stride].
 inline void write(const float* x, int64_t dim, void* cache, Dtype dtype, int64_t first, int64_t stride) {
-  for (int64_t i = 0; i < dim; ++i) {
-    const int64_t at = first + i * stride;
-    if (dtype == Dtype::kF32) static_cast<float*>(cache)[at] = x[i];
-    else static_cast<uint16_t*>(cache)[at] = dtype == Dtype::kF16 ? to_f16(x[i]) : to_bf16(x[i]);
+  if (dtype == Dtype::kF32) {
+    float* to = static_cast<float*>(cache) + first;
+    for (int64_t i = 0; i < dim; ++i) to[i * stride] = x[i];
+    return;
   }
+  uint16_t* to = static_cast<uint16_t*>(cache) + first;
+  uint16_t narrow[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) {
+    if (dtype == Dtype::kF16) store_f16(narrow, load(x + i));
+    else store_bf16(narrow, load(x + i));
+    for (int j = 0; j < kLanes; ++j) to[(i + j) * stride] = narrow[j];
+  }
+  for (; i < dim; ++i) to[i * stride] = dtype == Dtype::kF16 ? to_f16(x[i]) : to_bf16(x[i]);
 }
 
 inline void prepare_token(const Attention& call, int64_t token, float* scratch) {

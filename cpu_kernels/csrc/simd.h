@@ -146,6 +146,22 @@ inline Vf from_f16(const f16* p) {
 }
 #endif
 
+// Like to_f16.
+inline void store_f16(f16* p, Vf v) {
+#if defined(__AVX512F__)
+  const Vf most = broadcast(65504.0f);
+  // Of a NaN and a number, min and max give the second.
+  const Vf clamped = _mm512_max_ps(-most, _mm512_min_ps(most, v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(clamped, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  const Vf most = broadcast(65504.0f);
+  const Vf clamped = _mm256_max_ps(-most, _mm256_min_ps(most, v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(clamped, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = to_f16(v[i]);
+#endif
+}
+
 // Sum and maximum over the lanes, always in the same order.
 inline float sum(Vf v) {
   float lanes[kLanes];

@@ -129,7 +129,11 @@ def test_dispatch_checks_before_it_runs():
     ops = Ops(Implementation("never", ("cpu",), lambda *_: pytest.fail("it ran")))
     given = arguments()
     step = PlannedBatch(given["batch"], None)
-    for columns, rule in ((7 * 8, "heads must be a multiple"), (61, "qkv must be"), (8, "qkv must")):
+    for columns, rule in (
+        (7 * 8, "heads must be a multiple"),
+        (61, "qkv must be"),
+        (8, "qkv must"),
+    ):
         with pytest.raises(ContractError, match=rule):
             ops.attend(array(6, columns), given["kv"], step, given["spec"])
 

@@ -280,9 +280,7 @@ FEW = settings(max_examples=12, deadline=None)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @given(st.data(), SEEDS)
 @FEW
-def test_each_gives_what_the_reference_gives(
-    case: Case, name: str, data: st.DataObject, seed: int
-):
+def test_each_gives_what_the_reference_gives(case: Case, name: str, data: st.DataObject, seed: int):
     inputs = make_inputs(case, data.draw(ragged_rows(case)), seed)
     out, kv = compiled(case, name)(*inputs.arguments())
     want, want_kv = compiled(case, "reference")(*inputs.arguments())

@@ -219,9 +219,7 @@ def test_logprobs_are_the_same_to_the_last_bit_in_any_company(family: str, dtype
     ]
 
     def told(outputs: list[RequestOutput]) -> list[Any]:
-        return [
-            (o.outputs[0].token_ids, o.outputs[0].logprobs, o.prompt_logprobs) for o in outputs
-        ]
+        return [(o.outputs[0].token_ids, o.outputs[0].logprobs, o.prompt_logprobs) for o in outputs]
 
     with start(family, dtype=dtype, enable_prefix_caching=False) as llm:
         alone = [told(run(llm, [case]))[0] for case in cases]
