@@ -19,7 +19,9 @@ class Arena:
 
     def __init__(self, num_bytes: int, num_arrays: int) -> None:
         self._lock = threading.Lock()
-        self._mapping = mmap.mmap(-1, num_bytes + num_arrays * _LINE + _HUGE)
+        # Private: what is shared counts as a file, and files come in small pages.
+        size, flags = num_bytes + num_arrays * _LINE + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._mapping = mmap.mmap(-1, size, flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         address = np.frombuffer(self._mapping, np.uint8).ctypes.data

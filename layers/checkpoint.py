@@ -83,6 +83,14 @@ class Checkpoint:
         data = memoryview(self._maps[stored.path])[stored.start : stored.end]
         return np.frombuffer(data, dtype).reshape(stored.shape)
 
+    def forget(self, name: str) -> None:
+        """Let go of the memory that read() brought in; the file stays mapped."""
+        stored = self._tensors[name]
+        start = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = stored.end - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[stored.path].madvise(mmap.MADV_DONTNEED, start, length)
+
     def dtype(self, name: str) -> np.dtype:
         """Raises CheckpointError unless the tensor is a plain array of floats."""
         stored = self._tensors[name]
@@ -235,6 +243,8 @@ def load_weights(
                 "bfloat16 or float32"
             )
         array = _placed(param, joined, weight_format, mesh, arena)
+        for piece in param.slices:
+            checkpoint.forget(piece.tensor)
         progress(array.nbytes)
         return weight_format.wrap(param, array)
 
