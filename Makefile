@@ -5,7 +5,7 @@ PYTHON := $(shell for p in python3.13 python3.12 python3; do \
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: protos demo examples clients node test test-slow check check-deploy format wheel-test bench clean
+.PHONY: protos demo examples clients node test test-slow check check-deploy check-cpu-kernels format wheel-test bench clean
 
 demo: .venv/installed
 	@printf '%s\n' '/set temperature 0' 'Hello!' 'What is 23 + 58?' \
@@ -45,6 +45,10 @@ check: .venv/installed-lint .venv-protos/installed check-deploy
 check-deploy: .venv/installed-lint
 	$(BIN)/python deploy/lint.py
 
+# What the library is made of, without Python: sanitizers, and another processor in an emulator.
+check-cpu-kernels: .venv/installed
+	$(BIN)/python tests/run_kernel_driver.py
+
 format: .venv/installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -58,7 +62,7 @@ wheel-test:
 bench: .venv/installed
 	for b in roofline startup step_host programs; do $(BIN)/python -m quire.bench.$$b || exit 1; done
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml cpu_kernels/build.py $(wildcard cpu_kernels/csrc/*.*)
 	@test -n "$(PYTHON)" || { echo "quire needs Python >= 3.12: install python3.12 and run make again"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .

@@ -13,7 +13,7 @@ def main() -> int:
     """mypy's exit code; strict on engine and serving, plain on layers and kernels (mypy.ini)."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "quire").symlink_to(ROOT)
-        packages = ("engine", "layers", "pallas_kernels", "serving")
+        packages = ("cpu_kernels", "engine", "layers", "pallas_kernels", "serving")
         command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "mypy.ini")]
         for package in packages:
             command += ["-p", f"quire.{package}"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("engine", "layers", "pallas_kernels", "protos", "serving")
+PACKAGES = ("cpu_kernels", "engine", "layers", "pallas_kernels", "protos", "serving")
 MAX_FILE_LINES, MAX_MODEL_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 300, 80, 6
 
 

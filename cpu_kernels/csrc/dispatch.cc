@@ -8,15 +8,24 @@
 
 namespace quire {
 
+// QUIRE_WITHOUT_ a level: the compiler did not know its processor.
 #define QUIRE_DECLARE(level)       \
   namespace level {                \
   extern const Kernels kernels;    \
   }
 #if defined(__x86_64__)
+#if !defined(QUIRE_WITHOUT_AMX)
 QUIRE_DECLARE(amx)
+#endif
+#if !defined(QUIRE_WITHOUT_AVX512_BF16)
 QUIRE_DECLARE(avx512_bf16)
+#endif
+#if !defined(QUIRE_WITHOUT_AVX512)
 QUIRE_DECLARE(avx512)
+#endif
+#if !defined(QUIRE_WITHOUT_AVX2)
 QUIRE_DECLARE(avx2)
+#endif
 #elif defined(__aarch64__)
 QUIRE_DECLARE(neon)
 #endif
@@ -31,7 +40,7 @@ bool has_avx512_bf16() {
 }
 
 // The system lets a process use tiles only after it has asked: they are 8 KiB of state a thread.
-bool may_use_tiles() {
+[[maybe_unused]] bool may_use_tiles() {
   unsigned a, b, c, d;
   constexpr unsigned kTile = 24, kBf16 = 22;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> kTile & 1) || !(d >> kBf16 & 1)) return false;
@@ -44,15 +53,26 @@ std::vector<const Kernels*> find_levels() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512vnni") && has_avx512_bf16();
+  [[maybe_unused]] const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  [[maybe_unused]] const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512cd");
+  [[maybe_unused]] const bool has_bf16 =
+      has_avx512 && __builtin_cpu_supports("avx512vnni") && has_avx512_bf16();
+#if !defined(QUIRE_WITHOUT_AMX)
   if (has_bf16 && may_use_tiles()) found.push_back(&amx::kernels);
+#endif
+#if !defined(QUIRE_WITHOUT_AVX512_BF16)
   if (has_bf16) found.push_back(&avx512_bf16::kernels);
+#endif
+#if !defined(QUIRE_WITHOUT_AVX512)
   if (has_avx512) found.push_back(&avx512::kernels);
+#endif
+#if !defined(QUIRE_WITHOUT_AVX2)
   if (has_avx2) found.push_back(&avx2::kernels);
+#endif
 #elif defined(__aarch64__)
   found.push_back(&neon::kernels);
 #endif
