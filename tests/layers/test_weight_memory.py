@@ -1,0 +1,63 @@
+"""What loading weights takes, in a process of its own: never both the file's bytes and the arrays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from quire.cpu_kernels.library import Library
+from quire.pallas_kernels.registry import cpu_library
+from safetensors.numpy import save_file
+
+NUM, ROWS, COLUMNS = 24, 4096, 1024  # 192 MiB of bfloat16
+CODE = f"""
+import sys
+from pathlib import Path
+import ml_dtypes, numpy as np
+from quire.layers.checkpoint import Checkpoint, load_weights
+from quire.layers.mesh import make_mesh
+from quire.layers.param import linear_param
+from quire.layers.quantization.registry import choose_format
+from quire.pallas_kernels.registry import choose
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(l.split()[1]) for l in lines if l.split(":")[0] in name) / 1024
+
+dtype = np.dtype(ml_dtypes.bfloat16)
+form = choose_format(dtype, choose("cpu", dtype=dtype))
+params = {{
+    f"w{{i}}": linear_param(f"m.w{{i}}.weight", ({ROWS}, {COLUMNS}), ("mlp", "hidden"))
+    for i in range({NUM})
+}}
+mesh = make_mesh(1)
+before = resident({{"VmRSS"}})
+tree = load_weights(Checkpoint(Path(sys.argv[1])), params, form, mesh, lambda name: False)
+print(resident({{"VmHWM"}}) - before, resident({{"VmRSS"}}) - before)
+addresses = {{w.w.unsafe_buffer_pointer() % 64 for w in tree.values()}}
+assert addresses == {{0}}, addresses
+"""
+
+
+@pytest.mark.parametrize("level", ["", "off"])
+def test_loading_takes_little_more_than_the_weights(tmp_path: Path, level: str):
+    if not level and not isinstance(cpu_library(), Library):
+        pytest.skip("there are no C++ kernels here")
+    tensors = {
+        f"m.w{i}.weight": np.full((ROWS, COLUMNS), i, ml_dtypes.bfloat16) for i in range(NUM)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    weights = NUM * ROWS * COLUMNS * 2 / 2**20
+    environment = os.environ | {"QUIRE_CPU_KERNELS": level} if level else dict(os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(tmp_path)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, after = map(float, done.stdout.split())
+    # A few tensors of 8 MiB are on their way at a time.
+    assert weights < after < weights + 40, (weights, after)
+    assert peak < weights + 120, (weights, peak)
