@@ -1,4 +1,4 @@
-"""What loading weights takes, in a process of its own: never both the file's bytes and the arrays."""
+"""What loading weights takes, in a process of its own: never the file and the arrays together."""
 
 import os
 import subprocess
