@@ -15,92 +15,15 @@
 #include <new>
 #include <vector>
 
-#include "rows.h"
+#include "heads.h"
+#include "scores.h"
 
 namespace quire::QUIRE_LEVEL {
 
-constexpr int64_t kChunk = 64, kSegment = 512;
-constexpr int kKeyVectors = 4;                   // vectors of keys, or of values, of one pass
-constexpr int kQueryRows = kLanes == 8 ? 2 : 4;  // queries that share the loads of a pass
-// A score that no real one reaches; a maximum starts above it, so that its exponential is 0.
-constexpr float kHidden = -1e30f, kLowest = -1e29f, kTiny = 1e-30f;
+constexpr int64_t kSegment = 512;
+constexpr int64_t kFewRows = 8;  // query rows that widen keys as often as they read them
 
-// ---- Before: every token's q, k and v in their places.
-
-inline void norm_and_rotate(const Attention& call, const float* x, const void* norm, int64_t token,
-                            float factor, float* normed, float* to) {
-  const int64_t dim = call.head_dim, half = dim / 2;
-  if (norm != nullptr) {
-    norm_row(x, dim, {norm, call.epsilon}, call.vector_dtype, normed);
-    x = normed;
-  }
-  const Vf factors = broadcast(factor);
-  int64_t i = 0;
-  if (call.cos == nullptr) {
-    for (; i + kLanes <= dim; i += kLanes) store(to + i, load(x + i) * factors);
-    for (; i < dim; ++i) to[i] = x[i] * factor;
-    return;
-  }
-  const float* cos = call.cos + token * dim;
-  const float* sin = call.sin + token * dim;
-  for (; i + kLanes <= half; i += kLanes) {
-    const Vf low = load(x + i), high = load(x + half + i);
-    store(to + i, (low * load(cos + i) + high * load(sin + i)) * factors);
-    store(to + half + i, (high * load(cos + half + i) + low * load(sin + half + i)) * factors);
-  }
-  for (; i < half; ++i) {
-    const float low = x[i], high = x[half + i];
-    to[i] = (low * cos[i] + high * sin[i]) * factor;
-    to[half + i] = (high * cos[half + i] + low * sin[half + i]) * factor;
-  }
-}
-
-// Numbers x[i] to cache[first + i * stride].
-inline void write(const float* x, int64_t dim, void* cache, Dtype dtype, int64_t first, int64_t stride) {
-  if (dtype == Dtype::kF32) {
-    float* to = static_cast<float*>(cache) + first;
-    for (int64_t i = 0; i < dim; ++i) to[i * stride] = x[i];
-    return;
-  }
-  uint16_t* to = static_cast<uint16_t*>(cache) + first;
-  uint16_t narrow[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes) {
-    if (dtype == Dtype::kF16) store_f16(narrow, load(x + i));
-    else store_bf16(narrow, load(x + i));
-    for (int j = 0; j < kLanes; ++j) to[(i + j) * stride] = narrow[j];
-  }
-  for (; i < dim; ++i) to[i * stride] = dtype == Dtype::kF16 ? to_f16(x[i]) : to_bf16(x[i]);
-}
-
-inline void prepare_token(const Attention& call, int64_t token, float* scratch) {
-  const int64_t dim = call.head_dim, q_size = call.heads * dim, k_size = call.kv_heads * dim;
-  const int64_t v_size = call.v == nullptr ? 0 : call.kv_heads * call.value_dim;
-  const float* qkv = call.qkv + token * (q_size + k_size + v_size);
-  if (call.attend_from[token] >= call.attend_to[token]) {
-    std::fill_n(call.out + token * call.heads * call.value_dim, call.heads * call.value_dim, 0.0f);
-  } else {
-    for (int64_t head = 0; head < call.heads; ++head) {
-      norm_and_rotate(call, qkv + head * dim, call.q_norm, token, call.scale, scratch,
-                      call.q + (token * call.heads + head) * dim);
-    }
-  }
-  const int64_t page = call.write_page[token], offset = call.write_offset[token];
-  if (page < 0 || page >= call.num_pages) return;  // a padded token
-  float* rotated = scratch + dim;
-  for (int64_t head = 0; head < call.kv_heads; ++head) {
-    const int64_t first = (page * call.kv_heads + head) * call.page_size;
-    norm_and_rotate(call, qkv + q_size + head * dim, call.k_norm, token, 1.0f, scratch, rotated);
-    write(rotated, dim, call.k, call.kv_dtype, first * dim + offset, call.page_size);
-    if (call.v != nullptr) {
-      const float* v = qkv + q_size + k_size + head * call.value_dim;
-      write(v, call.value_dim, call.v, call.kv_dtype, (first + offset) * call.value_dim, 1);
-    }
-  }
-}
-
-// ---- One piece of work: consecutive queries of one row, the heads that share one kv head.
-
+// Consecutive queries of one row, the heads that share one kv head.
 struct Piece {
   int64_t first, count, row;  // tokens; row of the page table
   int64_t kv_head;
@@ -131,180 +54,11 @@ struct Scratch {
   Floats keys, values, scores, lane_totals, sums, totals, highest;
 };
 
-struct Bf16 {
-  bf16 bits;
-};
-struct F16 {
-  f16 bits;
-};
-inline Vf widened(const float* p) { return load(p); }
-inline Vf widened(const Bf16* p) { return from_bf16(&p->bits); }
-inline Vf widened(const F16* p) { return from_f16(&p->bits); }
-inline float widened_one(float x) { return x; }
-inline float widened_one(Bf16 x) { return from_bf16(x.bits); }
-inline float widened_one(F16 x) { return from_f16(x.bits); }
-
-template <typename Element>
-void widen(const Element* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, widened(from + i));
-  for (; i < count; ++i) to[i] = widened_one(from[i]);
-}
-
-// Calls run(first page-relative position's address, its key in the chunk, keys) for each stretch of
-// keys [begin, end) of the chunk that lies in one page. dim: numbers of one key.
-template <typename Element, typename Run>
-void each_page(const Attention& call, const Piece& piece, const Element* cache, int64_t dim,
-               int64_t chunk, int64_t begin, int64_t end, const Run& run) {
-  const int32_t* table = call.page_table + piece.row * call.width;
-  for (int64_t key = begin; key < end;) {
-    const int64_t page = (chunk + key) / call.page_size;
-    const int64_t offset = chunk + key - page * call.page_size;
-    const int64_t count = std::min(call.page_size - offset, end - key);
-    run(cache + (table[page] * call.kv_heads + piece.kv_head) * call.page_size * dim, offset, key, count);
-    key += count;
-  }
-}
-
-// f32 [head_dim][kChunk], zeros outside [begin, end).
-template <typename Element>
-void gather_keys(const Attention& call, const Piece& piece, const Element* cache, int64_t chunk,
-                 int64_t begin, int64_t end, float* to) {
-  const int64_t dim = call.head_dim;
-  if (begin > 0 || end < kChunk) std::fill_n(to, dim * kChunk, 0.0f);
-  each_page(call, piece, cache, dim, chunk, begin, end,
-            [&](const Element* page, int64_t offset, int64_t key, int64_t count) {
-              for (int64_t i = 0; i < dim; ++i) {
-                widen(page + i * call.page_size + offset, count, to + i * kChunk + key);
-              }
-            });
-}
-
-// f32 [kChunk][width], zeros outside [begin, end) and past value_dim.
-template <typename Element>
-void gather_values(const Attention& call, const Piece& piece, const Element* cache, int64_t chunk,
-                   int64_t begin, int64_t end, float* to, int64_t width) {
-  const int64_t dim = call.value_dim;
-  if (begin > 0 || end < kChunk || width > dim) std::fill_n(to, kChunk * width, 0.0f);
-  each_page(call, piece, cache, dim, chunk, begin, end,
-            [&](const Element* page, int64_t offset, int64_t key, int64_t count) {
-              for (int64_t row = 0; row < count; ++row) {
-                widen(page + (offset + row) * dim, dim, to + (key + row) * width);
-              }
-            });
-}
-
-// The first numbers of each key as its value.
-inline void keys_as_values(const float* keys, int64_t dim, float* to, int64_t width) {
-  std::fill_n(to, kChunk * width, 0.0f);
-  for (int64_t key = 0; key < kChunk; ++key) {
-    for (int64_t i = 0; i < dim; ++i) to[key * width + i] = keys[i * kChunk + key];
-  }
-}
-
-template <int kRows>
-void score_block(const float* const* q, const float* keys, int64_t dim, float* scores) {
-  for (int64_t first = 0; first < kChunk; first += kKeyVectors * kLanes) {
-    Vf total[kRows][kKeyVectors] = {};
-    for (int64_t i = 0; i < dim; ++i) {
-      for (int r = 0; r < kRows; ++r) {
-        const Vf a = broadcast(q[r][i]);
-        for (int v = 0; v < kKeyVectors; ++v) {
-          total[r][v] = fma(a, load(keys + i * kChunk + first + v * kLanes), total[r][v]);
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kKeyVectors; ++v) {
-        store(scores + r * kChunk + first + v * kLanes, total[r][v]);
-      }
-    }
-  }
-}
-
-template <int kRows>
-void score_rows(int64_t rows, const float* const* q, const float* keys, int64_t dim, float* scores) {
-  if (rows == kRows) return score_block<kRows>(q, keys, dim, scores);
-  if constexpr (kRows > 1) score_rows<kRows - 1>(rows, q, keys, dim, scores);
-}
-
-// acc[r] += sum over keys of weight[r][key] * values[key]
-template <int kRows, int kWidth>
-void value_block(const float* weights, const float* values, int64_t stride, float* acc) {
-  Vf total[kRows][kWidth];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kWidth; ++v) total[r][v] = load(acc + r * stride + v * kLanes);
-  }
-  for (int64_t key = 0; key < kChunk; ++key) {
-    for (int r = 0; r < kRows; ++r) {
-      const Vf a = broadcast(weights[r * kChunk + key]);
-      for (int v = 0; v < kWidth; ++v) {
-        total[r][v] = fma(a, load(values + key * stride + v * kLanes), total[r][v]);
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kWidth; ++v) store(acc + r * stride + v * kLanes, total[r][v]);
-  }
-}
-
-template <int kRows>
-void value_rows(int64_t rows, const float* weights, const float* values, int64_t stride, float* acc) {
-  if (rows == kRows) {
-    int64_t at = 0;
-    for (; at + kKeyVectors * kLanes <= stride; at += kKeyVectors * kLanes) {
-      value_block<kRows, kKeyVectors>(weights, values + at, stride, acc + at);
-    }
-    for (; at < stride; at += kLanes) {
-      value_block<kRows, 1>(weights, values + at, stride, acc + at);
-    }
-    return;
-  }
-  if constexpr (kRows > 1) value_rows<kRows - 1>(rows, weights, values, stride, acc);
-}
-
-inline Vf soft_capped(Vf s, float cap) {
-  const Vf e = exp(s * broadcast(2.0f / cap));
-  return broadcast(cap) * (broadcast(1.0f) - broadcast(2.0f) / (e + broadcast(1.0f)));
-}
-
-// Scores to weights in place; keys [from, to) are seen. Returns by what the row's earlier sums shrink.
-inline float soften(float soft_cap, float* scores, int64_t from, int64_t to, float& highest,
-                    float* lane_total) {
-  Vf s[kChunk / kLanes];
-  for (int64_t i = 0; i < kChunk / kLanes; ++i) {
-    s[i] = load(scores + i * kLanes);
-    if (soft_cap != 0.0f) s[i] = soft_capped(s[i], soft_cap);
-  }
-  if (from > 0 || to < kChunk) {
-    Vi lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    const Vi low = lane - static_cast<int32_t>(from), high = lane - static_cast<int32_t>(to);
-    for (int32_t i = 0; i < kChunk / kLanes; ++i) {
-      s[i] = (low + i * kLanes >= 0) & (high + i * kLanes < 0) ? s[i] : broadcast(kHidden);
-    }
-  }
-  Vf top = s[0];
-  for (int64_t i = 1; i < kChunk / kLanes; ++i) top = max(top, s[i]);
-  const float now = std::max(highest, max(top));
-  const Vf base = broadcast(now);
-  Vf total = {};
-  for (int64_t i = 0; i < kChunk / kLanes; ++i) {
-    const Vf weight = exp(s[i] - base);
-    total = total + weight;
-    store(scores + i * kLanes, weight);
-  }
-  const float shrink = highest == now ? 1.0f : exp(broadcast(highest - now))[0];
-  store(lane_total, load(lane_total) * broadcast(shrink) + total);
-  highest = now;
-  return shrink;
-}
-
 class PieceWork {
  public:
-  PieceWork(const Attention& call, const Piece& piece, Scratch& scratch)
-      : call_(call), piece_(piece), group_(call.heads / call.kv_heads),
-        rows_(piece.count * group_), width_(round_up(call.value_dim, kLanes)) {
+  PieceWork(const Attention& call, const Piece& piece)
+      : call_(call), piece_(piece), group_(call.heads / call.kv_heads), rows_(piece.count * group_),
+        width_(round_up(call.value_dim, kLanes)) {
     lowest_ = INT32_MAX;
     for (int64_t t = piece.first; t < piece.first + piece.count; ++t) {
       if (call.attend_from[t] >= call.attend_to[t]) continue;
@@ -314,7 +68,15 @@ class PieceWork {
     lowest_ = std::min(lowest_, end_);
     first_segment_ = lowest_ / kSegment;
     num_segments_ = std::max<int64_t>(1, (end_ + kSegment - 1) / kSegment - first_segment_);
-    keys_ = scratch.keys.get(call.head_dim * kChunk);
+    // A vector of keys, and a group's values, have to lie in one page.
+    is_direct_ = rows_ <= kFewRows && call.page_size % kGroup == 0 && width_ == call.value_dim &&
+                 call.v != nullptr;
+  }
+
+  // next: what this thread does after it, or null.
+  void run(Scratch& scratch, const PieceWork* next) {
+    next_ = next;
+    keys_ = scratch.keys.get(call_.head_dim * kChunk);
     values_ = scratch.values.get(kChunk * width_);
     scores_ = scratch.scores.get(rows_ * kChunk);
     lane_totals_ = scratch.lane_totals.get(rows_ * kLanes);
@@ -323,10 +85,17 @@ class PieceWork {
     highest_ = scratch.highest.get(num_segments_ * rows_);
     std::fill_n(sums_, num_segments_ * rows_ * width_, 0.0f);
     std::fill_n(highest_, num_segments_ * rows_, kLowest);
-  }
-
-  void run() {
-    for (int64_t segment = 0; segment < num_segments_; ++segment) attend(segment);
+    switch (call_.kv_dtype) {
+      case Dtype::kF32:
+        attend_all<float>();
+        break;
+      case Dtype::kBf16:
+        attend_all<Bf16>();
+        break;
+      case Dtype::kF16:
+        attend_all<F16>();
+        break;
+    }
     for (int64_t row = 0; row < rows_; ++row) combine(row);
   }
 
@@ -334,33 +103,39 @@ class PieceWork {
   int64_t token_of(int64_t row) const { return piece_.first + row / group_; }
   int64_t head_of(int64_t row) const { return piece_.kv_head * group_ + row % group_; }
 
-  void attend(int64_t segment) {
-    const int64_t begin = (first_segment_ + segment) * kSegment;
-    const int64_t end = std::min(end_, begin + kSegment);
-    std::fill_n(lane_totals_, rows_ * kLanes, 0.0f);
-    for (int64_t chunk = std::max(begin, lowest_ / kChunk * kChunk); chunk < end; chunk += kChunk) {
-      attend_chunk(segment * rows_, chunk);
-    }
-    for (int64_t row = 0; row < rows_; ++row) {
-      totals_[segment * rows_ + row] = sum(load(lane_totals_ + row * kLanes));
+  // The first number of a page of a cache with `dim` numbers to a key.
+  template <typename Element>
+  const Element* page_of(const void* cache, int64_t dim, int64_t position) const {
+    const int64_t page = call_.page_table[piece_.row * call_.width + position / call_.page_size];
+    const int64_t at = (page * call_.kv_heads + piece_.kv_head) * call_.page_size * dim;
+    return static_cast<const Element*>(cache) + at;
+  }
+
+  template <typename Element>
+  void attend_all() {
+    for (int64_t segment = 0; segment < num_segments_; ++segment) {
+      const int64_t begin = (first_segment_ + segment) * kSegment;
+      const int64_t end = std::min(end_, begin + kSegment), first = segment * rows_;
+      std::fill_n(lane_totals_, rows_ * kLanes, 0.0f);
+      int64_t chunk = std::max(begin, lowest_ / kChunk * kChunk);
+      for (; chunk < end; chunk += kChunk) {
+        if (is_direct_) {
+          attend(first, chunk, page_keys<Element>(chunk), page_values<Element>(chunk));
+        } else {
+          const Keys<float> keys = widened_keys<Element>(chunk);  // before values, which may be theirs
+          attend(first, chunk, keys, widened_values<Element>(chunk));
+        }
+      }
+      for (int64_t row = 0; row < rows_; ++row) {
+        totals_[first + row] = sum(load(lane_totals_ + row * kLanes));
+      }
     }
   }
 
   // first: of the segment's rows among all partial results.
-  void attend_chunk(int64_t first, int64_t chunk) {
-    const int64_t begin = std::max<int64_t>(0, lowest_ - chunk);
-    const int64_t end = std::min(kChunk, end_ - chunk);
-    switch (call_.kv_dtype) {
-      case Dtype::kF32:
-        load_chunk<float>(chunk, begin, end);
-        break;
-      case Dtype::kBf16:
-        load_chunk<Bf16>(chunk, begin, end);
-        break;
-      case Dtype::kF16:
-        load_chunk<F16>(chunk, begin, end);
-        break;
-    }
+  template <typename KeysOf, typename ValuesOf>
+  void attend(int64_t first, int64_t chunk, const KeysOf& keys, const ValuesOf& values) {
+    const Ahead ahead = what_follows(chunk);
     for (int64_t row = 0; row < rows_; row += kQueryRows) {
       const int64_t count = std::min<int64_t>(kQueryRows, rows_ - row);
       const float* q[kQueryRows];
@@ -368,28 +143,122 @@ class PieceWork {
         q[r] = call_.q + (token_of(row + r) * call_.heads + head_of(row + r)) * call_.head_dim;
       }
       float* scores = scores_ + row * kChunk;
-      score_rows<kQueryRows>(count, q, keys_, call_.head_dim, scores);
       float* sums = sums_ + (first + row) * width_;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t token = token_of(row + r);
-        const float shrink = soften(call_.soft_cap, scores + r * kChunk,
-                                    call_.attend_from[token] - chunk, call_.attend_to[token] - chunk,
-                                    highest_[first + row + r], lane_totals_ + (row + r) * kLanes);
-        if (shrink == 1.0f) continue;
-        for (float* s = sums + r * width_; s < sums + (r + 1) * width_; s += kLanes) {
-          store(s, load(s) * broadcast(shrink));
-        }
-      }
-      value_rows<kQueryRows>(count, scores, values_, width_, sums);
+      if (row == 0) score_rows<kQueryRows, true>(count, q, keys, call_.head_dim, ahead, scores);
+      else score_rows<kQueryRows, false>(count, q, keys, call_.head_dim, ahead, scores);
+      for (int64_t r = 0; r < count; ++r) weigh(first, row + r, chunk, scores + r * kChunk, sums + r * width_);
+      if (row == 0) value_rows<kQueryRows, true>(count, scores, values, width_, ahead, sums);
+      else value_rows<kQueryRows, false>(count, scores, values, width_, ahead, sums);
     }
   }
 
+  // Scores become weights, and what was summed before shrinks to them.
+  void weigh(int64_t first, int64_t row, int64_t chunk, float* scores, float* sums) {
+    const int64_t token = token_of(row);
+    const float shrink = soften(call_.soft_cap, scores, call_.attend_from[token] - chunk,
+                                call_.attend_to[token] - chunk, highest_[first + row],
+                                lane_totals_ + row * kLanes);
+    if (shrink == 1.0f) return;
+    for (float* s = sums; s < sums + width_; s += kLanes) store(s, load(s) * broadcast(shrink));
+  }
+
+  int64_t begin_in(int64_t chunk) const { return std::max<int64_t>(0, lowest_ - chunk); }
+  int64_t end_in(int64_t chunk) const { return std::min(kChunk, end_ - chunk); }
+
+  // Keys past the end are masked when they have a score, so any page will do for them.
   template <typename Element>
-  void load_chunk(int64_t chunk, int64_t begin, int64_t end) {
-    gather_keys(call_, piece_, static_cast<const Element*>(call_.k), chunk, begin, end, keys_);
-    if (call_.v == nullptr) return keys_as_values(keys_, call_.value_dim, values_, width_);
-    const auto* v = static_cast<const Element*>(call_.v);
-    gather_values(call_, piece_, v, chunk, begin, end, values_, width_);
+  Keys<Element> page_keys(int64_t chunk) const {
+    Keys<Element> keys;
+    keys.stride = call_.page_size;
+    for (int64_t v = 0; v < kChunk / kLanes; ++v) {
+      const int64_t position = within(chunk + v * kLanes);
+      keys.first[v] = page_of<Element>(call_.k, call_.head_dim, position) + position % call_.page_size;
+    }
+    return keys;
+  }
+
+  template <typename Element>
+  Values<Element> page_values(int64_t chunk) const {
+    Values<Element> values;
+    values.stride = call_.value_dim;
+    values.begin = begin_in(chunk);
+    values.end = end_in(chunk);
+    for (int64_t group = 0; group < kChunk / kGroup; ++group) {
+      const int64_t position = within(chunk + group * kGroup);
+      const Element* page = page_of<Element>(call_.v, call_.value_dim, position);
+      values.first[group] = page + position % call_.page_size * call_.value_dim;
+    }
+    return values;
+  }
+
+  // The position, or one of the same place in its group in a page that the row has.
+  int64_t within(int64_t position) const {
+    if (position < end_ && position / call_.page_size >= lowest_ / call_.page_size) return position;
+    return lowest_ / kGroup * kGroup + position % kGroup;
+  }
+
+  // f32 [head_dim][kChunk], zeros outside the range.
+  template <typename Element>
+  Keys<float> widened_keys(int64_t chunk) {
+    const int64_t dim = call_.head_dim, begin = begin_in(chunk), end = end_in(chunk);
+    if (begin > 0 || end < kChunk) std::fill_n(keys_, dim * kChunk, 0.0f);
+    for (int64_t key = begin; key < end;) {
+      const int64_t offset = (chunk + key) % call_.page_size;
+      const int64_t count = std::min(call_.page_size - offset, end - key);
+      const Element* page = page_of<Element>(call_.k, dim, chunk + key) + offset;
+      for (int64_t i = 0; i < dim; ++i) {
+        widen(page + i * call_.page_size, count, keys_ + i * kChunk + key);
+      }
+      key += count;
+    }
+    Keys<float> keys;
+    keys.stride = kChunk;
+    for (int64_t v = 0; v < kChunk / kLanes; ++v) keys.first[v] = keys_ + v * kLanes;
+    return keys;
+  }
+
+  // f32 [kChunk][width], zeros past value_dim; of a latent cache the first numbers of each key.
+  template <typename Element>
+  Values<float> widened_values(int64_t chunk) {
+    const int64_t dim = call_.value_dim;
+    Values<float> values = {{}, width_, begin_in(chunk), end_in(chunk)};
+    for (int64_t group = 0; group < kChunk / kGroup; ++group) {
+      values.first[group] = values_ + group * kGroup * width_;
+    }
+    if (width_ > dim) std::fill_n(values_, kChunk * width_, 0.0f);
+    for (int64_t key = values.begin; key < values.end; ++key) {
+      float* to = values_ + key * width_;
+      if (call_.v == nullptr) {
+        for (int64_t i = 0; i < dim; ++i) to[i] = keys_[i * kChunk + key];
+      } else {
+        const int64_t position = chunk + key;
+        widen(page_of<Element>(call_.v, dim, position) + position % call_.page_size * dim, dim, to);
+      }
+    }
+    return values;
+  }
+
+  // What this thread reads after the chunk.
+  Ahead what_follows(int64_t chunk) const {
+    if (chunk + kChunk < end_) return expect(chunk + kChunk);
+    return next_ == nullptr ? Ahead{} : next_->expect(next_->lowest_ / kChunk * kChunk);
+  }
+
+  Ahead expect(int64_t chunk) const {
+    Ahead ahead;
+    const int64_t bytes = call_.kv_dtype == Dtype::kF32 ? 4 : 2;
+    const auto at = [&](const void* cache, int64_t dim, int64_t position) {
+      // Of bytes, as many as a key has: where its values are, and about where its numbers are.
+      const char* page = page_of<char>(cache, dim * bytes, position);
+      return reinterpret_cast<uintptr_t>(page + position % call_.page_size * dim * bytes);
+    };
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      if (chunk + quarter * kGroup >= end_) break;
+      const int64_t position = within(chunk + quarter * kGroup);
+      ahead.keys[quarter] = at(call_.k, call_.head_dim, position);
+      if (call_.v != nullptr) ahead.values[quarter] = at(call_.v, call_.value_dim, position);
+    }
+    return ahead;
   }
 
   void combine(int64_t row) {
@@ -413,7 +282,9 @@ class PieceWork {
   const Attention& call_;
   const Piece piece_;
   const int64_t group_, rows_, width_;
+  const PieceWork* next_ = nullptr;
   int64_t lowest_, end_ = 0, first_segment_, num_segments_;
+  bool is_direct_;
   float* keys_;         // [head_dim][kChunk]
   float* values_;       // [kChunk][width]
   float* scores_;       // [rows][kChunk]
@@ -435,21 +306,19 @@ inline void attention(Team& team, const Attention& call) {
   const int64_t num_single = std::clamp<int64_t>(*call.num_single, 0, call.tokens);
   const int64_t num_items = std::clamp<int64_t>(*call.num_items, 0, call.items);
   const int64_t num_pieces = (num_single + num_items) * call.kv_heads;
+  const auto work_at = [&](int64_t index) {
+    const int64_t work = index / call.kv_heads, item = work - num_single;
+    const int64_t kv_head = index % call.kv_heads;
+    if (item < 0) return PieceWork(call, {work, 1, call.token_row[work], kv_head});
+    return PieceWork(call, {call.item_first[item], call.item_count[item], call.item_row[item], kv_head});
+  };
   team.split(num_pieces, 1, 8, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    // The longest ranges come last in a prompt: from the end, so that no thread starts one late.
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t index = num_pieces - 1 - n, work = index / call.kv_heads;
-      Piece piece = {work, 1, 0, index % call.kv_heads};
-      if (work >= num_single) {
-        const int64_t item = work - num_single;
-        piece.first = call.item_first[item];
-        piece.count = call.item_count[item];
-        piece.row = call.item_row[item];
-      } else {
-        piece.row = call.token_row[work];
-      }
-      PieceWork(call, piece, scratch).run();
+      const int64_t index = num_pieces - 1 - n;
+      PieceWork now = work_at(index);
+      if (n + 1 < end) { const PieceWork next = work_at(index - 1); now.run(scratch, &next); }
+      else now.run(scratch, nullptr);
     }
   });
 }
