@@ -19,11 +19,26 @@ from .report import emit, line
 
 HERE = Path(__file__).parent / "peers"
 ROOT = Path(os.environ.get("QUIRE_PEERS", Path.home() / ".cache" / "quire-peers"))
-# (batch, prompt tokens, generated tokens) -> the least share of vLLM's output tokens/s
-LEAST_SHARE_OF_VLLM = {(8, 32, 64): 0.45, (32, 32, 64): 0.45}
 BAR_COLUMNS = 40
 
 Workload = tuple[int, int, int]
+# (batch, prompt tokens, generated tokens) -> by how much quire is to be ahead, of a size's engines
+TARGETS: dict[str, dict[str, dict[Workload, float]]] = {
+    "135m": {
+        "vllm": {
+            (1, 32, 64): 1.5, (8, 32, 64): 1.2, (32, 32, 64): 1.1, (32, 128, 128): 1.2,
+            (1, 512, 1): 1.0,
+        },
+        "llamacpp:bf16": {(1, 32, 64): 1.2},
+    },
+    "1b": {
+        engine: {
+            (1, 32, 64): 1.1, (8, 32, 64): 1.0, (32, 32, 64): 1.0, (32, 128, 128): 1.0,
+            (1, 512, 1): 1.0,
+        }
+        for engine in ("vllm", "llamacpp:bf16")
+    },
+}  # fmt: skip
 
 
 def command_of(engine: str, size: str) -> list[str]:
@@ -104,16 +119,12 @@ def main() -> None:
                     engine=names[engine], weights=engine, rounds=values,
                 )
             )  # fmt: skip
-        if "quire" in medians and "vllm" in medians:
-            emit(
-                line(
-                    f"share_of_vllm {title}",
-                    medians["quire"] / medians["vllm"],
-                    "x",
-                    LEAST_SHARE_OF_VLLM.get(workload),
-                    is_least=True,
-                )
-            )
+        for engine, value in medians.items():
+            if engine == "quire" or "quire" not in medians:
+                continue
+            target = TARGETS[args.size].get(engine, {}).get(workload)
+            share = medians["quire"] / value
+            emit(line(f"of_{engine} {title}", share, "x", target, is_least=True))
         draw(f"{title}: {what} tokens/s", medians)
 
 
