@@ -15,7 +15,7 @@ from quire.serving.http_config import HttpConfig
 from quire.serving.shim.app import make_app
 from quire.serving.shim.engine import Engine, EngineAddress
 from quire.serving.shim.process import ShimOptions, bound_socket
-from quire.serving.shim.protocol import BoundedProtocol
+from quire.serving.shim.protocol import IDLE_TIMEOUT_S, BoundedProtocol
 
 from ..core.cores import WAIT_S
 from ..gateway.gateways import Core, Served, open_gateway, until
@@ -68,6 +68,8 @@ async def open_front(
             lifespan="off",
             log_config=None,
             timeout_graceful_shutdown=1,
+            # The loop stands still between tests: a connection must outlive that.
+            timeout_keep_alive=round(IDLE_TIMEOUT_S),
         )
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
         server = uvicorn.Server(config)
