@@ -228,10 +228,11 @@ def of_deltas(deltas: list[pb.GenerateDelta], asked: Asked, request_id: str) -> 
             )
         )
     assert [d.HasField("summary") for d in deltas] == [False] * (len(deltas) - 1) + [True]
-    is_asked = "prompt_logprobs" in asked.params
+    # They come with the first token: what drawn parameters leave nothing to choose from has none.
+    is_told = "prompt_logprobs" in asked.params and any(delta.token_ids for delta in deltas)
     has_prompt = [delta.HasField("prompt_logprobs") for delta in deltas]
-    assert has_prompt == [is_asked] + [False] * (len(deltas) - 1)
-    prompt = positions_of(deltas[0].prompt_logprobs.positions) if is_asked else None
+    assert has_prompt == [is_told] + [False] * (len(deltas) - 1)
+    prompt = positions_of(deltas[0].prompt_logprobs.positions) if is_told else None
     summary = deltas[-1].summary
     assert summary.seed == asked.params["seed"]
     assert not summary.resumed
