@@ -26,6 +26,8 @@ def attend(
     _, kv_heads, _, head_dim = kv.k.shape
     value_dim = spec.value_dim if kv.v is None else kv.v.shape[-1]
     assert value_dim is not None
+    if norms is not None and norms.q.dtype == jnp.float16:  # which the kernel does not read
+        norms = HeadNorms(*(weight.astype(jnp.float32) for weight in norms))
     new_values = 0 if kv.v is None else kv_heads * value_dim
     out, k, v = ops.attention(
         qkv.astype(jnp.float32),

@@ -100,7 +100,8 @@ class Ops:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """For the KV cache."""
-        return ops.zeros(shape, dtype) if self.linear == "native" else jnp.zeros(shape, dtype)
+        is_native = self.attention.needs_library
+        return ops.zeros(shape, dtype) if is_native else jnp.zeros(shape, dtype)
 
     def names(self) -> dict[str, str]:
         """Op name -> implementation name, for the log and `quire env`."""

@@ -44,13 +44,16 @@ const void* or_null(const ffi::AnyBuffer& buffer) {
   return buffer.element_count() == 0 ? nullptr : buffer.untyped_data();
 }
 
+bool is_float(ffi::DataType type) {
+  return type == ffi::DataType::BF16 || type == ffi::DataType::F32;
+}
+
 Weight weight_of(const ffi::AnyBuffer& packed, int64_t in, int64_t out, const void* bias) {
   return {packed.untyped_data(), dtype_of(packed.element_type()), in, out, bias};
 }
 
 ffi::Error check(const char* op, const ffi::AnyBuffer& weight, int64_t workspace, int64_t needed) {
-  const auto type = weight.element_type();
-  if (type != ffi::DataType::BF16 && type != ffi::DataType::F32) {
+  if (!is_float(weight.element_type())) {
     return ffi::Error::InvalidArgument(std::string(op) + " takes weights of f32 and bf16");
   }
   if (workspace < needed) {
@@ -164,6 +167,11 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
                      ffi::Result<ffi::AnyBuffer> q, int64_t heads, int64_t value_dim, double epsilon,
                      double scale, double soft_cap) {
   const auto pages = k.dimensions();
+  const bool is_kv_known = is_float(k.element_type()) || k.element_type() == ffi::DataType::F16;
+  if (!is_kv_known || !is_float(q_norm.element_type()) || !is_float(k_norm.element_type())) {
+    return ffi::Error::InvalidArgument(
+        "quire_attention takes pages of f32, bf16 and f16, and norms of f32 and bf16");
+  }
   Attention call = {};
   call.tokens = qkv.dimensions()[0];
   call.heads = heads;

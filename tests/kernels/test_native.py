@@ -20,6 +20,9 @@ from hypothesis import strategies as st
 from quire.cpu_kernels import ops
 from quire.cpu_kernels.library import VARIABLE, Library, load
 from quire.cpu_kernels.packing import pack
+from quire.pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
+from quire.pallas_kernels.heads import HeadNorms
+from quire.pallas_kernels.registry import choose
 
 FEW = settings(max_examples=15, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -177,6 +180,54 @@ def test_a_row_is_the_same_to_the_bit_in_any_company(
         library.set_threads(1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("has_tables", [False, True])
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_heads_are_normed_and_rotated_as_by_jnp(
+    library: Library, dtype: str, has_tables: bool, has_norms: bool
+):
+    """Norm weights of float16 models were read as float32."""
+    rng = np.random.default_rng(3)
+    tokens, heads, kv_heads, dim, page_size = 5, 4, 2, 24, 16
+    qkv = normal(rng, tokens, (heads + 2 * kv_heads) * dim)
+    at = np.arange(tokens, dtype=np.int32)
+    batch = AttentionBatch(
+        attend_from=0 * at, attend_to=at + 1, token_row=0 * at, write_page=0 * at + 1,
+        write_offset=at, page_table=np.ones((1, 8), np.int32), num_tokens=np.int32(tokens),
+        num_single=np.int32(0), num_items=np.int32(1), item_row=np.zeros(1, np.int32),
+        item_first=np.zeros(1, np.int32), item_count=np.full(1, tokens, np.int32),
+    )  # fmt: skip
+    half = rng.uniform(0, 6, (tokens, dim // 2)).astype(np.float32)
+    cos, sin = np.cos(half), np.sin(half)
+    tables = (np.concatenate([cos, cos], 1), np.concatenate([-sin, sin], 1))
+    norms = HeadNorms(*(normal(rng, dim).astype(jnp.dtype(dtype)) for _ in range(2)))
+    spec = AttentionSpec(dim**-0.5, norm_epsilon=EPSILON)
+    outs = []
+    for name in ("native", "jnp"):
+        chosen = choose("cpu", attention=name)
+        kv = KVPages(*(jnp.zeros((3, kv_heads, page_size, dim), jnp.float32) for _ in range(2)))
+        step = chosen.plan_attention(jax.tree.map(jnp.asarray, batch), page_size)
+        out, _ = chosen.attend(
+            jnp.asarray(qkv), kv, step, spec, tables if has_tables else None,
+            norms if has_norms else None,
+        )  # fmt: skip
+        outs.append(np.asarray(out))
+    np.testing.assert_allclose(outs[0], outs[1], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("page", [jnp.float8_e4m3fn, jnp.int16])
+def test_pages_that_the_kernel_does_not_read_are_refused(library: Library, page: Any):
+    whole = np.zeros(1, np.int32)
+    batch = (whole, whole, whole, whole, whole, np.zeros((1, 1), np.int32), *(np.int32(0),) * 2,
+             whole, whole, whole)  # fmt: skip
+    pages = jnp.zeros((2, 1, 16, 8), page)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="takes pages of f32, bf16 and f16"):
+        ops.attention(
+            jnp.zeros((1, 24)), pages, pages, batch, heads=1, value_dim=8, scale=1.0,
+            soft_cap=None, sinks=None, tables=None, norms=None, epsilon=0.0,
+        )[0].block_until_ready()  # fmt: skip
+
+
 def test_many_independent_calls_in_one_program(library: Library):
     """XLA may run them at once, on the very threads that the calls ask for help."""
     rng = np.random.default_rng(2)
@@ -223,8 +274,6 @@ def test_every_level_that_the_processor_has(library: Library, place: int):
 
 
 def test_the_native_ops_are_chosen_for_both_dtypes(library: Library):
-    from quire.pallas_kernels.registry import choose
-
     for dtype in (jnp.bfloat16, jnp.float32):
         assert choose("cpu", dtype=dtype).names() == {
             "paged_attention": "native", "linear": "native",
