@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..layers.batch import FLAG_FILTERS, FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, StepLayout
-from ..pallas_kernels.checks import QUERIES_PER_ITEM
 from .buckets import Buckets
 from .row_packer import RowNeeds
 from .scheduler import Chunk, StepPlan
@@ -54,9 +53,9 @@ class BatchBuilder:
             self._refresh_table(chunk)
         part["page_table"][:, :num_rows] = self._tables[:, slots]
         items = [
-            (row, first_token[row] + at, min(QUERIES_PER_ITEM, chunk.count - at))
+            (row, first_token[row] + at, min(layout.queries_per_item, chunk.count - at))
             for row, chunk in enumerate(plan.chunks[num_single:], num_single)
-            for at in range(0, chunk.count, QUERIES_PER_ITEM)
+            for at in range(0, chunk.count, layout.queries_per_item)
         ]
         if items:
             for name, column in zip(

@@ -5,6 +5,7 @@ from functools import cache
 
 from ..layers.batch import StepLayout
 from ..layers.programs import SCORE_ROWS, Variant
+from ..pallas_kernels.checks import QUERIES_PER_ITEM
 from .errors import ConfigError
 
 # Without 4: on CPU a step of 8 takes hardly longer than one of 2 (16.3 and 16.1 ms, 135M bf16), and
@@ -25,7 +26,8 @@ class Buckets:
     """The closed set of programs of an engine.
 
     tokens: ascending sizes of forward; rows: ascending sizes of sample; slots: device rows;
-    width: pages a row's table holds; groups: KV groups.
+    width: pages a row's table holds; groups: KV groups; queries_per_item: of attention's work
+    items.
     """
 
     tokens: tuple[int, ...]
@@ -34,6 +36,7 @@ class Buckets:
     width: int
     groups: int
     is_padding_free: bool = False  # padded tokens cost next to nothing
+    queries_per_item: int = QUERIES_PER_ITEM
 
     def layout(self, tokens: int) -> StepLayout:
         """The layout of the forward program of `tokens`."""
@@ -43,6 +46,7 @@ class Buckets:
             groups=self.groups,
             width=self.width,
             slots=self.slots,
+            queries_per_item=self.queries_per_item,
         )
 
     def tokens_for(self, num_tokens: int) -> int:
@@ -96,6 +100,7 @@ def plan_buckets(
     pages_per_row: int,
     num_groups: int,
     is_padding_free: bool,
+    queries_per_item: int = QUERIES_PER_ITEM,
 ) -> Buckets:
     """The shapes of one engine. Raises ConfigError for token buckets that cannot serve a step.
 
@@ -126,4 +131,5 @@ def plan_buckets(
         width=pages_per_row,
         groups=num_groups,
         is_padding_free=is_padding_free,
+        queries_per_item=queries_per_item,
     )

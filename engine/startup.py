@@ -24,6 +24,7 @@ from ..layers.mesh import MODEL, make_mesh
 from ..layers.programs import Programs
 from ..layers.quantization.registry import choose_format
 from ..pallas_kernels import registry
+from ..pallas_kernels.checks import AttentionShape
 from . import memory
 from .buckets import Buckets, plan_buckets
 from .compiler import CompileReport, default_cache_dir, open_cache, return_freed_memory
@@ -126,10 +127,23 @@ class Builder:
         self.mesh = mesh
         self.layout: KVLayout = plan_layout(files.info.model.kv_specs())
         try:
-            self.ops = registry.choose(sizes.platform, dtype=files.dtype)
+            self.ops = registry.choose(
+                sizes.platform, dtype=files.dtype, shape=self._attention_shape()
+            )
         except LookupError as error:
             raise ConfigError(str(error)) from error
         self.format = choose_format(files.dtype, self.ops)
+
+    def _attention_shape(self) -> AttentionShape:
+        arrays = self.layout.arrays[0]
+        return AttentionShape(
+            heads=self.files.info.model.spec.num_heads,
+            kv_heads=arrays.num_kv_heads,
+            head_dim=arrays.head_dim,
+            value_dim=arrays.value_dim,
+            page_size=self.sizes.page_size,
+            kv_dtype=self.files.kv_dtype,
+        )
 
     def runner(self, kv_plan: KVPlan) -> Runner:
         model, sizes = self.files.info.model, self.sizes
@@ -158,6 +172,7 @@ class Builder:
             pages_per_row=kv_plan.table_width,
             num_groups=self.layout.num_groups,
             is_padding_free=self.ops.is_padding_free,
+            queries_per_item=self.ops.queries_per_item,
         )
 
     def scheduler(self, kv_plan: KVPlan, secret: bytes) -> Scheduler:

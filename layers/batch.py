@@ -12,7 +12,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from ..pallas_kernels.checks import QUERIES_PER_ITEM, AttentionBatch
+from ..pallas_kernels.checks import AttentionBatch
 
 # A token id that stands for "the row's last sampled token, which only the device knows yet".
 TOKEN_ON_DEVICE = 2**31 - 1
@@ -23,7 +23,7 @@ class StepLayout:
     """The static sizes of one forward program and where each part of its packed input lies.
 
     tokens and rows are padded counts; width is the page-table width; slots the number of device
-    rows.
+    rows; queries_per_item the most queries of a work item.
     """
 
     tokens: int
@@ -31,11 +31,12 @@ class StepLayout:
     groups: int
     width: int
     slots: int
+    queries_per_item: int
 
     @property
     def items(self) -> int:
         """Most work items that rows with at least two queries each can need."""
-        return min(self.tokens // 2, self.rows + self.tokens // QUERIES_PER_ITEM)
+        return min(self.tokens // 2, self.rows + self.tokens // self.queries_per_item)
 
     @cached_property
     def parts(self) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Queries of one work item. A row with several queries is cut into items of this many.
+# Most queries of one work item, where the implementation does not ask for another number.
 QUERIES_PER_ITEM = 16
 
 
@@ -36,14 +36,29 @@ class AttentionSpec:
     norm_epsilon: float = 0.0  # of the norms of each head, if there are any
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """What is known at start of the attention of a model, on one device: it decides who serves it.
+
+    value_dim None: a latent cache.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int | None
+    page_size: int
+    kv_dtype: Any
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionBatch:
     """Which keys each query of a ragged step may see, and where new keys are written.
 
     Tokens of one-query rows come first: token t < num_single is the only query of row t. The rest
-    is cut into work items of at most QUERIES_PER_ITEM consecutive tokens of one row, listed in the
-    order of their tokens.
+    is cut into work items of consecutive tokens of one row, listed in the order of their tokens;
+    at most Ops.queries_per_item of them each.
     """
 
     attend_from: jax.Array  # i32[tokens], first visible position; a padded token has from = to = 0

@@ -16,7 +16,9 @@ from ..cpu_kernels.library import Library, Missing
 from ..cpu_kernels.library import load as cpu_library
 from . import attention_cpu, attention_jnp, reference
 from .checks import (
+    QUERIES_PER_ITEM,
     AttentionBatch,
+    AttentionShape,
     AttentionSpec,
     KVPages,
     PlannedBatch,
@@ -33,7 +35,8 @@ PagedAttention = Callable[..., tuple[jax.Array, KVPages]]
 class Implementation:
     """One way to run an op. `platforms` are jax's names; the first listed that fits is taken.
 
-    attend: all of Ops.attend in one call, where there is such a kernel.
+    attend: all of Ops.attend in one call, where there is such a kernel. serves: None where every
+    shape is served. queries_per_item: the largest work item it takes.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Implementation:
     plan: Callable[[AttentionBatch, int], Any] = lambda batch, page_size: None
     attend: PagedAttention | None = None
     needs_library: bool = False
+    serves: Callable[[AttentionShape], bool] | None = None
+    queries_per_item: Callable[[AttentionShape], int] = lambda shape: QUERIES_PER_ITEM
 
 
 PAGED_ATTENTION = (
@@ -68,6 +73,7 @@ class Ops:
 
     attention: Implementation
     linear: str = "xla"
+    queries_per_item: int = QUERIES_PER_ITEM
 
     @property
     def is_padding_free(self) -> bool:
@@ -108,9 +114,15 @@ class Ops:
         return {"paged_attention": self.attention.name, "linear": self.linear}
 
 
-def choose(platform: str, *, attention: str | None = None, dtype: Any = jnp.float32) -> Ops:
-    """The ops for a platform and weights of `dtype`; `attention` picks an implementation by name
-    (tests, debugging).
+def choose(
+    platform: str,
+    *,
+    attention: str | None = None,
+    dtype: Any = jnp.float32,
+    shape: AttentionShape | None = None,
+) -> Ops:
+    """The ops for a platform, weights of `dtype` and a model's attention; without its shape only
+    those that serve every shape. `attention` picks an implementation by name (tests, debugging).
 
     Raises LookupError naming what there is.
     """
@@ -121,11 +133,18 @@ def choose(platform: str, *, attention: str | None = None, dtype: Any = jnp.floa
         if platform in i.platforms
         and attention in (None, i.name)
         and (has_library or not i.needs_library)
+        and (i.serves is None or (shape is not None and i.serves(shape)))
     ]
     if not fitting:
         known = ", ".join(f"{i.name} ({'/'.join(i.platforms)})" for i in PAGED_ATTENTION)
+        served = "" if shape is None else f" that serves {shape}"
         raise LookupError(
-            f"no paged_attention named {attention!r} for {platform!r}; there are {known}"
+            f"no paged_attention named {attention!r} for {platform!r}{served}; there are {known}"
         )
     is_native = has_library and jnp.dtype(dtype) in [jnp.dtype(d) for d in NATIVE_LINEAR_DTYPES]
-    return Ops(fitting[0], "native" if is_native else "xla")
+    chosen = fitting[0]
+    return Ops(
+        chosen,
+        "native" if is_native else "xla",
+        QUERIES_PER_ITEM if shape is None else chosen.queries_per_item(shape),
+    )

@@ -12,7 +12,6 @@ from quire.engine.row_packer import RowNeeds
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
 from quire.layers.batch import FLAG_FILTERS, FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, unpack
-from quire.pallas_kernels.checks import QUERIES_PER_ITEM
 
 PAGE_SIZE, WIDTH, SLOTS, NUM_PAGES = 4, 20, 5, 60
 BUCKETS = plan_buckets(
@@ -60,8 +59,9 @@ def assert_is_the_plan(step: PackedStep, plan: StepPlan) -> None:
         assert step.first_token[row] == len(tokens)
         known = chunk.request.prompt_token_ids + chunk.request.output_token_ids
         for at in range(chunk.count):
-            if chunk.count > 1 and at % QUERIES_PER_ITEM == 0:
-                items.append((row, len(tokens), min(QUERIES_PER_ITEM, chunk.count - at)))
+            most = layout.queries_per_item
+            if chunk.count > 1 and at % most == 0:
+                items.append((row, len(tokens), min(most, chunk.count - at)))
             position = chunk.first + at
             is_known = position < len(known)
             tokens.append((known[position] if is_known else TOKEN_ON_DEVICE, row, at))

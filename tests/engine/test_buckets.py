@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from quire.engine.buckets import Buckets, plan_buckets
 from quire.engine.errors import ConfigError
 from quire.layers.programs import Variant
-from quire.pallas_kernels.checks import QUERIES_PER_ITEM
 
 
 def plan(platform: str = "cpu", **changes: Any) -> Buckets:
@@ -64,10 +63,14 @@ def test_every_step_has_a_program_that_holds_it(platform: str, seqs: int, most: 
         assert (max(tokens, 64), 64) in scores
 
 
+@pytest.mark.parametrize("most", [2, 16, 36])
 @given(st.lists(st.integers(2, 70), min_size=1, max_size=9), st.integers(0, 8))
-def test_a_layout_has_room_for_the_work_items_of_any_rows(counts: list[int], num_single: int):
-    layout = plan(max_num_seqs=32).layout(plan().tokens_for(sum(counts) + num_single))
-    items = sum(-(-count // QUERIES_PER_ITEM) for count in counts)
+def test_a_layout_has_room_for_the_work_items_of_any_rows(
+    most: int, counts: list[int], num_single: int
+):
+    buckets = plan(max_num_seqs=32, queries_per_item=most)
+    layout = buckets.layout(buckets.tokens_for(sum(counts) + num_single))
+    items = sum(-(-count // most) for count in counts)
     assert items <= layout.items
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from quire.pallas_kernels import reference
+from quire.pallas_kernels import reference, registry
 from quire.pallas_kernels.checks import (
     AttentionBatch,
+    AttentionShape,
     AttentionSpec,
     ContractError,
     KVPages,
@@ -147,3 +148,28 @@ def test_choose_takes_the_first_that_fits_and_names_the_rest():
     )
     with pytest.raises(LookupError, match=message):
         choose("cpu", attention="fast")
+
+
+def test_a_shape_that_is_not_served_falls_to_the_next(monkeypatch: pytest.MonkeyPatch):
+    """And the items are as large as the chosen one says."""
+
+    def never(*_: Any) -> Any:
+        pytest.fail("it ran")
+
+    fast = Implementation(
+        "fast",
+        ("cuda",),
+        never,
+        serves=lambda shape: shape.head_dim == 64,
+        queries_per_item=lambda shape: 128 // (shape.heads // shape.kv_heads),
+    )
+    slow = Implementation("slow", ("cuda",), never)
+    monkeypatch.setattr(registry, "PAGED_ATTENTION", (fast, slow))
+    shape = AttentionShape(8, 2, 64, 64, 16, jnp.bfloat16)
+    ops = choose("cuda", shape=shape)
+    assert (ops.attention, ops.queries_per_item) == (fast, 32)
+    other = replace(shape, head_dim=40)
+    for ops in (choose("cuda", shape=other), choose("cuda")):
+        assert (ops.attention, ops.queries_per_item) == (slow, 16)
+    with pytest.raises(LookupError, match=r"named 'fast' for 'cuda' that serves .*head_dim=40"):
+        choose("cuda", attention="fast", shape=other)
