@@ -81,6 +81,12 @@ class EngineConfig:
     token_buckets: tuple[int, ...] | None = _option(
         None, "padded step sizes to compile, comma separated, in tokens", metavar="TOKENS,…"
     )
+    decode_steps: int = _option(
+        1,
+        "most tokens that each running request gets in one program while nobody waits: fewer calls "
+        "of the device, and new requests, stops and aborts take effect that many tokens later",
+        metavar="STEPS",
+    )
     page_size: int | None = _option(
         None, "tokens of one KV page; 16 on CPU, 64 on GPU", metavar="TOKENS"
     )
@@ -122,6 +128,7 @@ _LOWEST = {
     "max_num_batched_tokens": 2,
     "cpu_threads": 1,
     "page_size": 1,
+    "decode_steps": 1,
     "max_logprobs": -1,
 }
 

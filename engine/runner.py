@@ -66,8 +66,12 @@ class Runner:
     def program_specs(self) -> list[ProgramSpec]:
         """Every program of this engine, the largest first: it is the last to finish compiling."""
         specs = [
-            ProgramSpec(f"forward[{t}]", partial(self._lower_forward, t))
-            for t in reversed(self.buckets.tokens)
+            ProgramSpec(layout.name, partial(self._lower_forward, layout))
+            for layout in reversed(self.buckets.forward_layouts())
+        ]
+        specs += [
+            ProgramSpec(_loop_name(layout, variant), partial(self._lower_decode, layout, variant))
+            for layout, variant in reversed(self.buckets.loop_programs())
         ]
         specs += [
             ProgramSpec(_sample_name(rows, variant), partial(self._lower_sample, rows, variant))
@@ -133,12 +137,14 @@ class Runner:
         the second ones replay.
         """
         for _ in range(1 if jax.default_backend() == "cpu" else 2):
-            for tokens in self.buckets.tokens:
-                hidden = self.forward(_padding(self.buckets.layout(tokens)), tokens)
+            for layout in self.buckets.forward_layouts():
+                hidden = self.forward(_padding(layout), layout)
                 for variant in Variant:
                     sampled = self.sample(hidden, variant)
                 self.score(hidden.rows, 0, sampled.token)
                 self.score(hidden.tokens, 0, np.zeros(SCORE_ROWS, np.int32))
+            for layout, variant in self.buckets.loop_programs():
+                self.decode(_padding(layout), layout, variant)
             self.update_rows(_padding_rows(ROWS_PER_UPDATE, self.buckets.slots))
             tables = _default_tables(self._vocab)
             self.update_rows(_padding_rows(1, self.buckets.slots), tables)
@@ -156,13 +162,24 @@ class Runner:
             arguments = _private(packed), jax.tree.map(_private, tables)
             self._rows, self._lengths = run(self._rows, self._lengths, *arguments)
 
-    def forward(self, packed: np.ndarray, tokens: int) -> Hidden:
+    def forward(self, packed: np.ndarray, layout: StepLayout) -> Hidden:
         """Run one packed step."""
-        run = self._program(f"forward[{tokens}]")
+        run = self._program(layout.name)
         made = run(self._weights, self._kv, self._lengths, self._rows.last_token, _private(packed))
         hidden: Hidden = made[0]
         self._kv, self._lengths = made[1:]
         return hidden
+
+    def decode(self, packed: np.ndarray, layout: StepLayout, variant: Variant) -> jax.Array:
+        """Run up to layout.num_steps steps: i32[num_steps, 2, rows], token and flag of each."""
+        run = self._program(_loop_name(layout, variant))
+        made = run(
+            self._weights, self._kv, self._lengths, self._rows, _private(packed),
+            self._open_masks[layout.rows],
+        )  # fmt: skip
+        tokens: jax.Array = made[0]
+        self._kv, self._lengths, self._rows = made[1:]
+        return tokens
 
     def sample(
         self, hidden: Hidden, variant: Variant, step_mask: np.ndarray | None = None
@@ -237,8 +254,7 @@ class Runner:
         )
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
 
-    def _lower_forward(self, tokens: int) -> Any:
-        layout = self.buckets.layout(tokens)
+    def _lower_forward(self, layout: StepLayout) -> Any:
         weights, specs = self._weight_arguments()
         lengths = self._lengths_array()
         packed = self._abstract((layout.size,), jnp.int32)
@@ -248,6 +264,18 @@ class Runner:
             (specs, _KV, _REPLICATED, _REPLICATED, _REPLICATED),
             (_REPLICATED, _KV, _REPLICATED),
             donate=(1, 2),
+        )
+
+    def _lower_decode(self, layout: StepLayout, variant: Variant) -> Any:
+        weights, specs = self._weight_arguments()
+        packed, mask = self._abstract((layout.size,), jnp.int32), self._abstract_mask(layout.rows)
+        lengths, state = self._lengths_array(), self._abstract_rows()
+        return self._lower(
+            partial(self.programs.decode, layout=layout, variant=variant),
+            (weights, self._abstract_kv(), lengths, state, packed, mask),
+            (specs, _KV, *(_REPLICATED,) * 4),
+            (_REPLICATED, _KV, _REPLICATED, _REPLICATED),
+            donate=(1, 2, 3),
         )
 
     def _lower_sample(self, num_rows: int, variant: Variant) -> Any:
@@ -315,6 +343,10 @@ def _private(array: Any) -> Any:
 
 def _sample_name(num_rows: int, variant: Variant) -> str:
     return f"sample[{num_rows},{variant.value}]"
+
+
+def _loop_name(layout: StepLayout, variant: Variant) -> str:
+    return f"{layout.name}[{variant.value}]"
 
 
 def _padding(layout: StepLayout) -> np.ndarray:

@@ -172,6 +172,7 @@ class Builder:
             pages_per_row=kv_plan.table_width,
             num_groups=self.layout.num_groups,
             is_padding_free=self.ops.is_padding_free,
+            decode_steps=self.config.decode_steps,
             queries_per_item=self.ops.queries_per_item,
         )
 

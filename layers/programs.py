@@ -1,4 +1,4 @@
-"""The programs of a step as pure functions: forward, sample, score, update_rows.
+"""The programs of a step as pure functions: forward, sample, decode, score, update_rows.
 
 `forward` gives the hidden states to be sampled and `sample` turns them into tokens: two
 executables, so that what depends on the previous token (masks) is an argument of the second only,
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ..pallas_kernels.checks import KVPages
 from . import rows, sampling
-from .batch import StepLayout, unpack
+from .batch import TOKEN_ON_DEVICE, CacheShape, StepLayout, unpack
 from .context import Context
 from .kv_pages import KVLayout
 from .models.llama import Decoder
@@ -57,12 +57,11 @@ class Programs:
         last_token: jax.Array,  # i32[slots]
         packed: jax.Array,  # i32[layout.size]
         layout: StepLayout,
+        is_running: jax.Array | None = None,  # bool[rows]
     ) -> tuple[Hidden, tuple[KVPages, ...], jax.Array]:
         """Run the tokens of a step through all layers; kv and lengths are donated and returned."""
-        num_pages = kv[0].k.shape[0]
-        batch = unpack(
-            packed, lengths, last_token, layout, self.kv_layout.windows, num_pages, self.page_size
-        )
+        cache_shape = CacheShape(self.kv_layout.windows, kv[0].k.shape[0], self.page_size)
+        batch = unpack(packed, lengths, last_token, layout, cache_shape, is_running)
         x = self.model.embed(weights, batch.token_ids, self.ctx)
         tables = self.model.tables(batch.positions)
         groups = [self.ctx.ops.plan_attention(b, self.page_size) for b in batch.attention]
@@ -96,6 +95,51 @@ class Programs:
             return sampling.sample_greedy(*head.highest(hidden_rows), state, slots)
         logits = head.product(hidden_rows, None)
         return sampling.sample(logits, state, slots, flags, step_mask)
+
+    def decode(
+        self,
+        weights: Any,
+        kv: tuple[KVPages, ...],
+        lengths: jax.Array,  # i32[slots]
+        state: rows.RowState,
+        packed: jax.Array,  # i32[layout.size]
+        open_mask: jax.Array,  # u32[rows, words], all tokens allowed
+        layout: StepLayout,
+        variant: Variant,
+    ) -> tuple[jax.Array, tuple[KVPages, ...], jax.Array, rows.RowState]:
+        """Up to layout.num_steps steps of one token a row, each fed what the one before sampled.
+
+        A row ends after its row_steps, at one of its stop_ids, or at logits that are not finite;
+        what it gives from there on means nothing. kv, lengths and state are donated and returned
+        behind i32[num_steps, 2, rows], the token_and_flag of each step.
+        """
+        row_steps, stop_ids = layout.part(packed, "row_steps"), layout.part(packed, "stop_ids")
+        first_id, (num_ids,) = layout.parts["token_ids"]
+        on_device = packed.at[first_id : first_id + num_ids].set(TOKEN_ON_DEVICE)
+
+        def is_under_way(carry: Any) -> jax.Array:
+            step, is_running = carry[0], carry[1]
+            return (step < layout.num_steps) & is_running.any()
+
+        def take_step(carry: Any) -> Any:
+            step, is_running, made, kv, lengths, state = carry
+            ids = jnp.where(step == 0, packed, on_device)
+            hidden, kv, lengths = self.forward(
+                weights, kv, lengths, state.last_token, ids, layout, is_running
+            )
+            sampled, state = self.sample(
+                weights, state, hidden.rows, hidden.slots, hidden.flags, open_mask, variant
+            )
+            token, flag = sampled.token_and_flag
+            has_ended = (token[:, None] == stop_ids).any(1) | (flag != 0)
+            made = made.at[step].set(sampled.token_and_flag)
+            step += 1
+            return step, is_running & ~has_ended & (step < row_steps), made, kv, lengths, state
+
+        made = jnp.zeros((layout.num_steps, 2, layout.rows), jnp.int32)
+        carry = (jnp.int32(0), row_steps > 0, made, kv, lengths, state)
+        carry = jax.lax.while_loop(is_under_way, take_step, carry)
+        return carry[2:]
 
     def score(
         self,
