@@ -57,14 +57,19 @@ class EngineConfig:
     ignore_config_keys: tuple[str, ...] = _option(
         (), "keys of config.json to pass over, comma separated", metavar="KEYS"
     )
-    tensor_parallel_size: int = _option(1, "devices that share one model", metavar="DEVICES")
+    tensor_parallel_size: int = _option(
+        1,
+        "devices that share one model, each with a part of every weight and of the KV cache: a "
+        "divisor of its attention heads and MLP size",
+        metavar="DEVICES",
+    )
     gpu_memory_utilization: float = _option(
         0.9, "share of a GPU's memory to use in all; without effect on CPU", metavar="FRACTION"
     )
     kv_cache_memory_bytes: int | None = _option(
         None,
-        "memory for the KV cache; on CPU min(4 GiB, a quarter of what is available), on GPU what "
-        "the weights and the workspace leave",
+        "memory of each device for the KV cache; on CPU min(4 GiB, a quarter of what is "
+        "available), on GPU what the weights and the workspace leave",
         metavar="BYTES",
     )
     max_num_seqs: int | None = _option(

@@ -21,6 +21,9 @@ from ..layers.param import map_params
 from ..layers.programs import SCORE_ROWS, Hidden, Programs, Variant
 from ..layers.quantization.registry import WeightFormat
 from ..layers.sampling import Sampled, TokenLogprobs
+from ..layers.sharding import local_param
+from ..layers.vocab import padded_vocab
+from ..layers.weights import array_shape
 from .buckets import Buckets
 from .compiler import CompileReport, ProgramSpec, compile_all
 
@@ -29,6 +32,7 @@ ROWS_PER_UPDATE = 8
 
 _REPLICATED = PartitionSpec()
 _KV = PartitionSpec(None, MODEL)
+_MASK = PartitionSpec(None, MODEL)
 
 
 class Runner:
@@ -52,7 +56,8 @@ class Runner:
         self._format = weight_format
         self._kv_dtype = kv_dtype
         self.num_logprobs = num_logprobs
-        self._vocab = programs.model.vocab_size
+        self._num_shards = mesh.shape[MODEL]
+        self._vocab = padded_vocab(programs.model.vocab_size, self._num_shards)
         self._weights: Any = None
         self._executables: dict[str, Any] = {}
         self._specs = {spec.name: spec for spec in self.program_specs()}
@@ -109,9 +114,10 @@ class Runner:
         return sum(s.generated_code_size_in_bytes for s in sizes if s is not None)
 
     def row_bytes(self) -> int:
+        """Of the rows on one device."""
         return sum(
-            int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize
-            for a in jax.tree.leaves(rows.abstract_rows(self.buckets.slots, self._vocab))
+            int(np.prod(a.sharding.shard_shape(a.shape), dtype=np.int64)) * a.dtype.itemsize
+            for a in jax.tree.leaves(self._abstract_rows())
         )
 
     # Device state
@@ -146,7 +152,7 @@ class Runner:
             for layout, variant in self.buckets.loop_programs():
                 self.decode(_padding(layout), layout, variant)
             self.update_rows(_padding_rows(ROWS_PER_UPDATE, self.buckets.slots))
-            tables = _default_tables(self._vocab)
+            tables = _default_tables(self.programs.model.vocab_size)
             self.update_rows(_padding_rows(1, self.buckets.slots), tables)
         jax.block_until_ready(self._lengths)
 
@@ -159,7 +165,8 @@ class Runner:
             self._rows, self._lengths = run(self._rows, self._lengths, _private(packed))
         else:
             run = self._program("update_row_tables")
-            arguments = _private(packed), jax.tree.map(_private, tables)
+            # Padding copies.
+            arguments = _private(packed), rows.padded_tables(tables, self._vocab)
             self._rows, self._lengths = run(self._rows, self._lengths, *arguments)
 
     def forward(self, packed: np.ndarray, layout: StepLayout) -> Hidden:
@@ -189,7 +196,7 @@ class Runner:
         """
         num_rows = hidden.slots.shape[0]
         run = self._program(_sample_name(num_rows, variant))
-        mask = self._open_masks[num_rows] if step_mask is None else _private(step_mask)
+        mask = self._open_masks[num_rows] if step_mask is None else self._padded_mask(step_mask)
         made = run(self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags, mask)
         sampled: Sampled = made[0]
         self._rows = made[1]
@@ -205,6 +212,10 @@ class Runner:
         scores: TokenLogprobs = run(self._weights, hidden, np.int32(first), _private(targets))
         return scores
 
+    def _padded_mask(self, mask: np.ndarray) -> np.ndarray:
+        """A copy, with the words of a padded vocabulary."""
+        return np.pad(mask, ((0, 0), (0, rows.num_words(self._vocab) - mask.shape[1])))
+
     # Lowering
 
     def _program(self, name: str, lower: Callable[[], Any] | None = None) -> Any:
@@ -219,16 +230,19 @@ class Runner:
     ) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
 
-    def _placed(self, tree: Any, spec: PartitionSpec = _REPLICATED) -> Any:
-        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype, spec), tree)
+    def _placed(self, tree: Any, specs: Any) -> Any:
+        return jax.tree.map(lambda a, spec: self._abstract(a.shape, a.dtype, spec), tree, specs)
 
     def _weight_arguments(self) -> tuple[Any, Any]:
         """The weights' abstract arrays and their partition specs."""
-        params = self.programs.model.params()
-        shape, wrap, dtype = self._format.shape, self._format.wrap, self._format.dtype
+        params, num_shards = self.programs.model.params(), self._num_shards
+
+        def wrap(param: Any, array: Any) -> Any:
+            return self._format.wrap(local_param(param, num_shards), array)
 
         def abstract(param: Any) -> Any:
-            return wrap(param, self._abstract(shape(param), dtype, partition(param.axes)))
+            shape = array_shape(param, self._format, num_shards)
+            return wrap(param, self._abstract(shape, self._format.dtype, partition(param.axes)))
 
         return map_params(abstract, params), map_params(
             lambda param: wrap(param, partition(param.axes)), params
@@ -237,10 +251,11 @@ class Runner:
     def _abstract_kv(self) -> Any:
         p = self.programs
         pages = abstract_pages(p.kv_layout, self.num_pages, p.page_size, self._kv_dtype)
-        return self._placed(pages, _KV)
+        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype, _KV), pages)
 
     def _abstract_rows(self) -> Any:
-        return self._placed(rows.abstract_rows(self.buckets.slots, self._vocab))
+        state = rows.abstract_rows(self.buckets.slots, self._vocab)
+        return self._placed(state, rows.row_partition())
 
     def _lengths_array(self) -> Any:
         return self._abstract((self.buckets.slots,), jnp.int32)
@@ -288,9 +303,10 @@ class Runner:
             self._abstract((NUM_FLAGS,), jnp.int32),
             self._abstract_mask(num_rows),
         )
-        in_specs = (specs, *(_REPLICATED,) * (len(arguments) - 1))
+        state = rows.row_partition()
+        in_specs = (specs, state, _REPLICATED, _REPLICATED, _REPLICATED, _MASK)
         function = partial(self.programs.sample, variant=variant)
-        return self._lower(function, arguments, in_specs, _REPLICATED, donate=(1,))
+        return self._lower(function, arguments, in_specs, (_REPLICATED, state), donate=(1,))
 
     def _lower_score(self, positions: int, num_targets: int) -> Any:
         weights, specs = self._weight_arguments()
@@ -307,14 +323,16 @@ class Runner:
     def _lower_update(self, num_rows: int, with_tables: bool) -> Any:
         packed = self._abstract((num_rows, rows.NUM_COLUMNS), jnp.int32)
         arguments: tuple[Any, ...] = (self._abstract_rows(), self._lengths_array(), packed)
+        state = rows.row_partition()
+        in_specs: tuple[Any, ...] = (state, _REPLICATED, _REPLICATED)
         if with_tables:
-            words, vocab = rows.num_words(self._vocab), self._vocab
-            bits = self._abstract((words,), jnp.uint32)
-            tables = rows.RowTables(bits, bits, bits, self._abstract((vocab,), jnp.int16))
+            specs = rows.table_partition()
+            tables = self._placed(_default_tables(self._vocab), specs)
             function, arguments = rows.update_rows, (*arguments, tables)
+            in_specs = (*in_specs, specs)
         else:
             function = partial(rows.update_rows, tables=None)
-        return self._lower(function, arguments, _REPLICATED, _REPLICATED, donate=(0, 1))
+        return self._lower(function, arguments, in_specs, (state, _REPLICATED), donate=(0, 1))
 
     def _lower_allocate(self) -> Any:
         kv, state, lengths = self._abstract_kv(), self._abstract_rows(), self._lengths_array()
@@ -330,7 +348,7 @@ class Runner:
         return jax.jit(make, out_shardings=shardings).lower()
 
     def _abstract_mask(self, num_rows: int) -> Any:
-        return self._abstract((num_rows, rows.num_words(self._vocab)), jnp.uint32)
+        return self._abstract((num_rows, rows.num_words(self._vocab)), jnp.uint32, _MASK)
 
     def _hidden(self, count: int) -> Any:
         return self._abstract((count, self.programs.model.hidden_size), jnp.float32)

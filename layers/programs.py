@@ -18,6 +18,7 @@ from .batch import TOKEN_ON_DEVICE, CacheShape, StepLayout, unpack
 from .context import Context
 from .kv_pages import KVLayout
 from .models.llama import Decoder
+from .vocab import Vocabulary
 
 SCORE_ROWS = 64  # logprobs go through the head in chunks of at most this many rows
 
@@ -46,6 +47,7 @@ class Programs:
         self.kv_layout = kv_layout
         self.page_size = page_size
         self.ctx = ctx
+        self.vocab = Vocabulary(model.vocab_size, ctx.model_axis)
         # One jitted block for all layers and programs: a program traces one layer, not all.
         self._block = jax.jit(model.block, static_argnums=(5,))
 
@@ -91,10 +93,12 @@ class Programs:
     ) -> tuple[sampling.Sampled, rows.RowState]:
         """One token per row; state is donated and returned."""
         head = self.model.head(weights)
-        if variant is Variant.GREEDY:
+        if variant is Variant.GREEDY and self.vocab.axis is None:
             return sampling.sample_greedy(*head.highest(hidden_rows), state, slots)
         logits = head.product(hidden_rows, None)
-        return sampling.sample(logits, state, slots, flags, step_mask)
+        if variant is Variant.GREEDY:
+            return sampling.sample_greedy(*self.vocab.highest(logits), state, slots)
+        return sampling.sample(logits, state, slots, flags, step_mask, self.vocab)
 
     def decode(
         self,
@@ -155,4 +159,4 @@ class Programs:
         # lax shifts a slice past the end back to the front: clip its rows one by one instead.
         at = jnp.minimum(first + jnp.arange(targets.shape[0]), hidden.shape[0] - 1)
         logits = self.model.head(weights).product(hidden[at], None)
-        return sampling.token_logprobs(logits, targets, num_logprobs)
+        return sampling.token_logprobs(logits, targets, num_logprobs, self.vocab)
