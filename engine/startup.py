@@ -33,6 +33,7 @@ from .config import EngineConfig
 from .core import EngineCore
 from .errors import ConfigError, ModelError
 from .kv_plan import KVPlan, Sizes, gpu_kv_budget, plan_kv, table_width, wanted_context
+from .lowering import Lowering
 from .model_files import ModelFiles, open_model
 from .parallel import open_mesh, require_divisible
 from .policies import POLICIES
@@ -156,7 +157,7 @@ class Builder:
     def runner(self, kv_plan: KVPlan) -> Runner:
         model, sizes = self.files.info.model, self.sizes
         wanted, vocab = self.config.max_logprobs, model.vocab_size
-        return Runner(
+        lowering = Lowering(
             Programs(
                 model,
                 self.layout,
@@ -170,6 +171,7 @@ class Builder:
             kv_dtype=self.files.kv_dtype,
             num_logprobs=vocab if wanted == -1 else min(wanted, vocab),
         )
+        return Runner(lowering)
 
     def buckets(self, kv_plan: KVPlan) -> Buckets:
         return plan_buckets(
@@ -232,7 +234,7 @@ class Builder:
     def memory_plan(self, runner: Runner) -> memory.MemoryPlan:
         return memory.MemoryPlan(
             weights=self.weight_bytes(),
-            rows=runner.row_bytes(),
+            rows=runner.lowering.row_bytes(),
             workspace=runner.workspace_bytes(),
             executables=runner.code_bytes(),
             num_pages=runner.num_pages,
