@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,16 +131,18 @@ class Builder:
         self.sizes = sizes
         self.mesh = mesh
         self.layout: KVLayout = plan_layout(files.info.model.kv_specs(), mesh.size)
+        # The C++ kernels serve one device.
+        is_divided_cpu = sizes.platform == "cpu" and mesh.size > 1
         try:
             self.ops = registry.choose(
-                sizes.platform, dtype=files.dtype, shape=self._attention_shape()
+                sizes.platform,
+                attention="jnp" if is_divided_cpu else None,
+                linear="xla" if is_divided_cpu else None,
+                dtype=files.dtype,
+                shape=self._attention_shape(),
             )
         except LookupError as error:
             raise ConfigError(str(error)) from error
-        if sizes.platform == "cpu" and mesh.size > 1:
-            # The C++ kernels serve one device.
-            ops = registry.choose("cpu", attention="jnp", dtype=files.dtype)
-            self.ops = replace(ops, linear="xla")
         self.format = choose_format(files.dtype, self.ops)
 
     def _attention_shape(self) -> AttentionShape:
