@@ -166,6 +166,12 @@ class Runner:
             self._executables[name] = self._compiled(lower)
         return self._executables[name]
 
+    def replace_program(self, name: str, executable: Any) -> Any:
+        """Run another executable under this name from now on; returns the one before. For benches
+        that compare."""
+        before, self._executables[name] = self._program(name), executable
+        return before
+
     def _compiled(self, lower: Callable[[], Any]) -> Any:
         return lower().compile(compiler_options=self.lowering.options)
 
