@@ -30,6 +30,7 @@ from .attention_gpu_tile import (
     key_positions,
     launch,
     scores,
+    store_columns,
     swizzled,
 )
 from .checks import KVPages
@@ -106,7 +107,7 @@ def attend_units(
         k=swizzled((*ring, g.head_dim), g.dtype),
         v=swizzled((*ring, g.value_dim), g.dtype),
         weights=None if not g.is_interpreted else swizzled((CONSUMERS, ROWS, g.keys), g.dtype),
-        out=plgpu.SMEM((CONSUMERS, ROWS, _store_columns(g)), jnp.float32),
+        out=plgpu.SMEM((CONSUMERS, ROWS, store_columns(g)), jnp.float32),
         statistics=plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=g.q_slots),
         q_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=g.q_slots),
@@ -120,22 +121,17 @@ def attend_units(
     return Parts(*kernel(q, *kv, table, units.records, units.count))
 
 
-def _store_columns(g: Geometry) -> int:
-    """Columns of the output that pass through shared memory at a time."""
-    return next(c for c in (64, 32, 16) if g.value_dim % c == 0)
-
-
-def geometry(g: Geometry, sizes: Sizes) -> Geometry | None:
-    """g with the tiles that fit into shared memory; None if too few do."""
+def geometry(g: Geometry, sizes: Sizes) -> Geometry:
+    """g with the tiles that fit into shared memory"""
     item = jnp.dtype(g.dtype).itemsize
     stage = CONSUMERS * g.keys * (g.head_dim + g.value_dim) * item
-    store = CONSUMERS * ROWS * _store_columns(g) * 4
+    store = CONSUMERS * ROWS * store_columns(g) * 4
     for slots in (2, 1):
         other = slots * ROWS * g.head_dim * item + store
         stages = stages_that_fit(sizes, stage, other, sizes.decode.most_stages // CONSUMERS)
         if stages:
             return replace(g, stages=CONSUMERS * stages, q_slots=slots)
-    return None
+    raise ValueError(f"no tile of {g} fits into shared memory")
 
 
 def _body(g: Geometry, blocks: int, *refs: Any, **scratch: Any) -> None:
@@ -260,7 +256,10 @@ def _consume(g: Geometry, blocks: int, inputs: Inputs, parts: Parts, smem: Scrat
 
             def ready() -> None:
                 plgpu.barrier_wait(smem.v_ready.at[stage])
-                clear_outside(v, i * g.keys, start, end, g)
+
+                @pl.when((i * g.keys < start) | (i * g.keys + g.keys > end))
+                def _() -> None:
+                    clear_outside(v, i * g.keys, start, end, g)
 
             weights = None if smem.weights is None else smem.weights.at[me]
             state = attend(state, x, ValueTile(v, ready, weights), g)

@@ -30,7 +30,8 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 class Geometry:
     """Static facts of one launch.
 
-    keys: of a tile; stages: tiles of K and V in shared memory; q_slots: tiles of q there.
+    keys: of a tile; stages: tiles of K and V in shared memory; q_slots: tiles of q there;
+    out_columns: of the output there.
     """
 
     group: int  # query heads that share a kv head
@@ -45,6 +46,7 @@ class Geometry:
     is_interpreted: bool
     stages: int = 0
     q_slots: int = 0
+    out_columns: int = 0
 
     @property
     def pages(self) -> int:
@@ -101,6 +103,11 @@ def launch(
     )  # fmt: skip
 
 
+def store_columns(g: Geometry) -> int:
+    """Columns of values that pass through registers or a small array at a time: whole swizzles."""
+    return next(c for c in (64, 32, 16) if g.value_dim % c == 0)
+
+
 def empty(g: Geometry) -> Softmax:
     """Nothing seen yet."""
     return Softmax(
@@ -114,13 +121,15 @@ def scores(
     q: Any,  # shared memory [ROWS, head_dim]
     k: Any,  # shared memory [keys, head_dim]
     g: Geometry,
+    started: Callable[[], None] = lambda: None,
 ) -> jax.Array:  # f32[ROWS, keys], times log2(e)
     """log2(e) * cap(scale * q k^T). The scale comes after the product, in f32: q is not rounded a
-    second time.
+    second time. started: called when the product is under way.
     """
 
     def product(acc: Any) -> jax.Array:
         plgpu.wgmma(acc, q, k.transpose((1, 0)))
+        started()
         return acc[...]
 
     x = pl.run_scoped(product, plgpu.ACC((ROWS, g.keys), jnp.float32))
@@ -169,12 +178,11 @@ def clear_outside(
     """Zero the values of the tile at position `first` that are outside [start, end): their weights
     are 0, but 0 times NaN is NaN. What is there belongs to nobody, or to another request.
     """
-
-    @pl.when((first < start) | (first + g.keys > end))
-    def _() -> None:
-        shape = (g.keys, g.value_dim)
-        position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE) + first
-        inside = (position >= start) & (position < end)
-        kept = plgpu.load(v, layout=TILE)
-        v[...] = jnp.where(inside, kept, jnp.zeros_like(kept))
-        plgpu.commit_smem()
+    keys, columns = v.shape[0], store_columns(g)
+    position = plgpu.broadcasted_iota(jnp.int32, (keys, columns), 0, layout=TILE) + first
+    inside = (position >= start) & (position < end)
+    for at in range(0, g.value_dim, columns):  # few registers at a time
+        piece = v.at[:, pl.ds(at, columns)]
+        kept = plgpu.load(piece, layout=TILE)
+        piece[...] = jnp.where(inside, kept, jnp.zeros_like(kept))
+    plgpu.commit_smem()

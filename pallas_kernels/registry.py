@@ -42,7 +42,7 @@ class Implementation:
     name: str
     platforms: tuple[str, ...]
     run: PagedAttention
-    plan: Callable[[AttentionBatch, int], Any] = lambda batch, page_size: None
+    plan: Callable[[AttentionBatch, int, int], Any] = lambda batch, page_size, group: None
     attend: PagedAttention | None = None
     needs_library: bool = False
     serves: Callable[[AttentionShape], bool] | None = None
@@ -74,6 +74,7 @@ class Ops:
     attention: Implementation
     linear: str = "xla"
     queries_per_item: int = QUERIES_PER_ITEM
+    group: int = 1  # query heads of a kv head, if the model is known
 
     @property
     def is_padding_free(self) -> bool:
@@ -82,7 +83,7 @@ class Ops:
 
     def plan_attention(self, batch: AttentionBatch, page_size: int) -> PlannedBatch:
         """What the layers' calls have in common, computed once a step."""
-        return PlannedBatch(batch, self.attention.plan(batch, page_size))
+        return PlannedBatch(batch, self.attention.plan(batch, page_size, self.group))
 
     def attend(
         self,
@@ -142,9 +143,7 @@ def choose(
             f"no paged_attention named {attention!r} for {platform!r}{served}; there are {known}"
         )
     is_native = has_library and jnp.dtype(dtype) in [jnp.dtype(d) for d in NATIVE_LINEAR_DTYPES]
-    chosen = fitting[0]
-    return Ops(
-        chosen,
-        "native" if is_native else "xla",
-        QUERIES_PER_ITEM if shape is None else chosen.queries_per_item(shape),
-    )
+    chosen, linear = fitting[0], "native" if is_native else "xla"
+    if shape is None:
+        return Ops(chosen, linear)
+    return Ops(chosen, linear, chosen.queries_per_item(shape), shape.heads // shape.kv_heads)
