@@ -11,7 +11,7 @@ import numpy as np
 from ..layers.batch import FLAG_FILTERS, FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, StepLayout
 from .buckets import Buckets
 from .row_packer import RowNeeds
-from .scheduler import Chunk, StepPlan
+from .step_plan import Chunk, StepPlan
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,16 @@ class BatchBuilder:
             self._tables[:, request.slot] = 0
             for written in self._written:
                 written[request.slot] = 0
-        layout = self._buckets.layout(self._buckets.tokens_for(plan.num_tokens))
+        num_single = sum(chunk.count == 1 for chunk in plan.chunks)
+        num_rows = len(plan.chunks)
+        layout = self._buckets.layout_for(
+            plan.num_tokens, is_decode=num_single == num_rows, num_steps=plan.num_steps
+        )
         packed = np.zeros(layout.size, np.int32)
         part = {
             name: packed[offset : offset + int(np.prod(shape))].reshape(shape)
             for name, (offset, shape) in layout.parts.items()
         }
-        num_single = sum(chunk.count == 1 for chunk in plan.chunks)
-        num_rows = len(plan.chunks)
         slots = [chunk.slot for chunk in plan.chunks]
         first_token = self._fill_tokens(plan.chunks, part)
         for chunk in plan.chunks:
@@ -78,6 +80,11 @@ class BatchBuilder:
         part["sample_token"][:num_rows] = [
             first + chunk.count - 1 for first, chunk in zip(first_token, plan.chunks, strict=True)
         ]
+        if layout.num_steps > 1:
+            part["row_steps"][:num_rows] = [chunk.num_steps for chunk in plan.chunks]
+            part["stop_ids"][:] = TOKEN_ON_DEVICE  # no token's id
+            for row, need in enumerate(needs):
+                part["stop_ids"][row, : len(need.stop_ids)] = need.stop_ids
         return PackedStep(packed, layout, tuple(first_token))
 
     def _fill_tokens(self, chunks: tuple[Chunk, ...], part: dict[str, np.ndarray]) -> list[int]:

@@ -27,7 +27,8 @@ class Buckets:
 
     tokens: ascending sizes of forward; rows: ascending sizes of sample; slots: device rows;
     width: pages a row's table holds; groups: KV groups; queries_per_item: of attention's work
-    items.
+    items; decode_tokens: sizes that have a program for steps of one-token rows alone; decode_steps:
+    most steps of a program that goes on by itself.
     """
 
     tokens: tuple[int, ...]
@@ -37,8 +38,10 @@ class Buckets:
     groups: int
     is_padding_free: bool = False  # padded tokens cost next to nothing
     queries_per_item: int = QUERIES_PER_ITEM
+    decode_tokens: tuple[int, ...] = ()
+    decode_steps: int = 1
 
-    def layout(self, tokens: int) -> StepLayout:
+    def layout(self, tokens: int, *, is_decode: bool = False, num_steps: int = 1) -> StepLayout:
         """The layout of the forward program of `tokens`."""
         return StepLayout(
             tokens=tokens,
@@ -47,7 +50,39 @@ class Buckets:
             width=self.width,
             slots=self.slots,
             queries_per_item=self.queries_per_item,
+            is_decode=is_decode,
+            num_steps=num_steps,
         )
+
+    def layout_for(self, num_tokens: int, *, is_decode: bool, num_steps: int) -> StepLayout:
+        """Of the smallest program for a step. is_decode: every row has one token; num_steps: more
+        than one only up to decode_steps.
+        """
+        if num_steps > 1:
+            tokens = next(t for t in self.loop_tokens if t >= num_tokens)
+            return self.layout(tokens, is_decode=True, num_steps=self.decode_steps)
+        tokens = self.tokens_for(num_tokens)
+        return self.layout(tokens, is_decode=is_decode and tokens in self.decode_tokens)
+
+    @property
+    def loop_tokens(self) -> tuple[int, ...]:
+        """Sizes of the programs of several steps: one row alone, and those of sample."""
+        if self.decode_steps == 1:
+            return ()
+        return tuple(sorted({self.tokens[0], *self.rows}))
+
+    def forward_layouts(self) -> list[StepLayout]:
+        """Of every program of one step, ascending."""
+        layouts = [self.layout(t) for t in self.tokens]
+        layouts += [self.layout(t, is_decode=True) for t in self.decode_tokens]
+        return sorted(layouts, key=lambda layout: (layout.tokens, layout.is_decode))
+
+    def loop_programs(self) -> list[tuple[StepLayout, Variant]]:
+        """Programs of several steps, which sample as they go."""
+        layouts = [
+            self.layout(t, is_decode=True, num_steps=self.decode_steps) for t in self.loop_tokens
+        ]
+        return [(layout, variant) for layout in layouts for variant in Variant]
 
     def tokens_for(self, num_tokens: int) -> int:
         """The smallest bucket that holds a step."""
@@ -101,6 +136,7 @@ def plan_buckets(
     num_groups: int,
     is_padding_free: bool,
     queries_per_item: int = QUERIES_PER_ITEM,
+    decode_steps: int = 1,
 ) -> Buckets:
     """The shapes of one engine. Raises ConfigError for token buckets that cannot serve a step.
 
@@ -124,6 +160,9 @@ def plan_buckets(
         tokens = [t for t in sizes if smallest <= t < max_num_batched_tokens]
         tokens.append(max(max_num_batched_tokens, smallest))
     most_rows = max(min(max_num_seqs, max_num_batched_tokens), smallest)
+    # On a GPU a kernel that has nothing to do costs its launch, in every layer. A step of one token
+    # has no items anyway.
+    decode_tokens = [t for t in tokens if 1 < t <= most_rows] if platform == "cuda" else []
     return Buckets(
         tokens=tuple(tokens),
         rows=(*(r for r in _ROWS if r < most_rows), most_rows),
@@ -132,4 +171,6 @@ def plan_buckets(
         groups=num_groups,
         is_padding_free=is_padding_free,
         queries_per_item=queries_per_item,
+        decode_tokens=tuple(decode_tokens),
+        decode_steps=decode_steps,
     )

@@ -101,9 +101,13 @@ def num_compile_events() -> int:
 
 
 def compile_all(
-    specs: Iterable[ProgramSpec], progress: Callable[[str], None] = lambda name: None
+    specs: Iterable[ProgramSpec],
+    progress: Callable[[str], None] = lambda name: None,
+    options: dict[str, str] | None = None,
 ) -> tuple[dict[str, Any], CompileReport]:
-    """name -> executable, and what it took. `progress` is called with each finished name."""
+    """name -> executable, and what it took. `progress` is called with each finished name; options
+    are XLA's.
+    """
     _EVENTS.listen()
     start = time.perf_counter()
     lower_s = 0.0
@@ -111,7 +115,7 @@ def compile_all(
 
     def finish(name: str, lowered: jax.stages.Lowered) -> tuple[Any, bool]:
         before = _EVENTS.num_hits_here()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
         progress(name)
         return compiled, _EVENTS.num_hits_here() > before
 

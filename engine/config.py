@@ -57,14 +57,19 @@ class EngineConfig:
     ignore_config_keys: tuple[str, ...] = _option(
         (), "keys of config.json to pass over, comma separated", metavar="KEYS"
     )
-    tensor_parallel_size: int = _option(1, "devices that share one model", metavar="DEVICES")
+    tensor_parallel_size: int = _option(
+        1,
+        "devices that share one model, each with a part of every weight and of the KV cache: a "
+        "divisor of its attention heads and MLP size",
+        metavar="DEVICES",
+    )
     gpu_memory_utilization: float = _option(
         0.9, "share of a GPU's memory to use in all; without effect on CPU", metavar="FRACTION"
     )
     kv_cache_memory_bytes: int | None = _option(
         None,
-        "memory for the KV cache; on CPU min(4 GiB, a quarter of what is available), on GPU what "
-        "the weights and the workspace leave",
+        "memory of each device for the KV cache; on CPU min(4 GiB, a quarter of what is "
+        "available), on GPU what the weights and the workspace leave",
         metavar="BYTES",
     )
     max_num_seqs: int | None = _option(
@@ -80,6 +85,12 @@ class EngineConfig:
     )
     token_buckets: tuple[int, ...] | None = _option(
         None, "padded step sizes to compile, comma separated, in tokens", metavar="TOKENS,…"
+    )
+    decode_steps: int = _option(
+        1,
+        "most tokens that each running request gets in one program while nobody waits: fewer calls "
+        "of the device, and new requests, stops and aborts take effect that many tokens later",
+        metavar="STEPS",
     )
     page_size: int | None = _option(
         None, "tokens of one KV page; 16 on CPU, 64 on GPU", metavar="TOKENS"
@@ -122,6 +133,7 @@ _LOWEST = {
     "max_num_batched_tokens": 2,
     "cpu_threads": 1,
     "page_size": 1,
+    "decode_steps": 1,
     "max_logprobs": -1,
 }
 

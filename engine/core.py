@@ -22,7 +22,8 @@ from .metrics import CoreMetrics
 from .request import FinishReason, Request
 from .row_packer import ban_completions, pack_row, pack_tables, row_needs
 from .runner import ROWS_PER_UPDATE, Runner
-from .scheduler import Scheduler, StepPlan
+from .scheduler import Scheduler
+from .step_plan import StepPlan
 from .tracked import InFlight, RowFault, Scores, Tracked
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class EngineCore:
         stop_ids = frozenset(s.params.stop_token_ids or ())
         if not s.params.ignore_eos:
             stop_ids |= self._eos_ids
-        needs = row_needs(request, s.bad_words, self._vocab)
+        needs = row_needs(request, s.bad_words, self._vocab, stop_ids)
         tracked = Tracked(request, needs, s.bad_words, stop_ids, s.submitted_ns)
         self.scheduler.add(request)  # last: whatever raises, a request is known to both or to none
         self._tracked[s.request_id] = tracked
@@ -101,7 +102,9 @@ class EngineCore:
         """Dispatch the next step, if any, and read the oldest one when enough are in flight."""
         self._lap_ns()  # between steps; nobody's
         try:
-            plan = self._last_plan = self.scheduler.schedule(time.monotonic())
+            plan = self._last_plan = self.scheduler.schedule(
+                time.monotonic(), most_steps=self._most_steps()
+            )
             self.metrics.schedule_ns += self._lap_ns()
             if plan.chunks:
                 self._dispatch(plan)
@@ -131,7 +134,12 @@ class EngineCore:
         tracked = [self._tracked[chunk.request.request_id] for chunk in plan.chunks]
         self._write_rows(plan)
         step = self._builder.build(plan, [t.needs for t in tracked])
-        hidden = self.runner.forward(step.packed, step.layout.tokens)
+        if step.layout.num_steps > 1:
+            tokens = self.runner.decode(step.packed, step.layout, _variant(tracked))
+            tokens.copy_to_host_async()
+            self._pending.append(InFlight(plan.chunks, tokens, None, ()))
+            return
+        hidden = self.runner.forward(step.packed, step.layout)
         scores = tuple(self._score(plan, step, hidden))
         sampled = logprobs = None
         sampling = [t for t, chunk in zip(tracked, plan.chunks, strict=True) if chunk.samples]
@@ -146,7 +154,15 @@ class EngineCore:
             sampled.token_and_flag.copy_to_host_async()
             if any(t.needs.logprobs for t in sampling):
                 logprobs = self.runner.score(hidden.rows, 0, sampled.token)
-        self._pending.append(InFlight(plan.chunks, sampled, logprobs, scores))
+        read = None if sampled is None else sampled.token_and_flag
+        self._pending.append(InFlight(plan.chunks, read, logprobs, scores))
+
+    def _most_steps(self) -> int:
+        """Steps that may go by before the host sees a token."""
+        most = self.runner.buckets.decode_steps
+        if most > 1 and not all(t.needs.allows_steps for t in self._tracked.values()):
+            return 1
+        return most
 
     def _write_rows(self, plan: StepPlan) -> None:
         """Write the device rows of admitted requests, in full."""
@@ -224,9 +240,10 @@ class EngineCore:
     def _read(self, flight: InFlight) -> None:
         # All waiting first, so that its time can be told from that of the host's own work.
         prompt_logprobs = [_on_host(scores.result) for scores in flight.scores]
-        tokens, flags = [], []
-        if flight.sampled is not None:
-            tokens, flags = np.asarray(flight.sampled.token_and_flag).tolist()
+        steps = []
+        if flight.tokens is not None:
+            tokens = np.asarray(flight.tokens)
+            steps = tokens.reshape(-1, *tokens.shape[-2:]).tolist()
         logprobs = None if flight.logprobs is None else _on_host(flight.logprobs)
         self.metrics.device_ns += self._lap_ns()
         for scores, result in zip(flight.scores, prompt_logprobs, strict=True):
@@ -236,16 +253,19 @@ class EngineCore:
                 self._end_alone(scores.request, error)
         for row, chunk in enumerate(flight.chunks):
             request = chunk.request
-            if not chunk.samples or request.finish_reason is not None:
-                continue  # a prompt in progress, or the extra token of a request that has ended
-            tracked = self._tracked[request.request_id]
-            try:
-                if flags[row]:
-                    self._end(tracked, FinishReason.ERROR, "the logits were not finite")
-                else:
-                    self._on_token(tracked, tokens[row], logprobs, row)
-            except Exception as error:
-                self._end_alone(request, error)
+            if not chunk.samples:
+                continue  # a prompt in progress
+            for tokens, flags in steps[: chunk.num_steps]:
+                if request.finish_reason is not None:
+                    break  # the extra tokens of a request that has ended
+                tracked = self._tracked[request.request_id]
+                try:
+                    if flags[row]:
+                        self._end(tracked, FinishReason.ERROR, "the logits were not finite")
+                    else:
+                        self._on_token(tracked, tokens[row], logprobs, row)
+                except Exception as error:
+                    self._end_alone(request, error)
         self.metrics.emit_ns += self._lap_ns()
 
     def _on_token(

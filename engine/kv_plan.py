@@ -141,7 +141,8 @@ def gpu_kv_budget(total: int, utilization: float, weights: int, workspace: int) 
 def _memo_key(config: EngineConfig, files: ModelFiles, sizes: Sizes, max_model_len: int) -> str:
     facts = (
         repr(files.info.model.spec), sizes, files.dtype.name, max_model_len,
-        config.kv_cache_memory_bytes, config.gpu_memory_utilization, jax.__version__,
+        config.kv_cache_memory_bytes, config.gpu_memory_utilization, config.tensor_parallel_size,
+        jax.__version__,
         jax.devices()[0].device_kind,
     )  # fmt: skip
     return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()

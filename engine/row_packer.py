@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..layers import rows
+from ..layers.batch import NUM_STOPS
 from .request import Request
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -21,9 +22,20 @@ class RowNeeds:
     step_mask: bool  # masks that depend on the last tokens: bad words of several tokens
     tables: bool  # the row carries wide tables
     is_plain_greedy: bool
+    stop_ids: tuple[int, ...] = ()  # those that the device looks for
+
+    @property
+    def allows_steps(self) -> bool:
+        """Whether several steps may go by before the host sees a token."""
+        return not (self.logprobs or self.step_mask)
 
 
-def row_needs(request: Request, bad_words: tuple[tuple[int, ...], ...], vocab: int) -> RowNeeds:
+def row_needs(
+    request: Request,
+    bad_words: tuple[tuple[int, ...], ...],
+    vocab: int,
+    stop_ids: frozenset[int] = frozenset(),
+) -> RowNeeds:
     p = request.params
     penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0, 0, 1)
     step_mask = any(len(word) > 1 for word in bad_words)
@@ -38,6 +50,7 @@ def row_needs(request: Request, bad_words: tuple[tuple[int, ...], ...], vocab: i
         step_mask=step_mask,
         tables=has_bits or penalties,
         is_plain_greedy=p.temperature == 0 and not (masks or penalties),
+        stop_ids=tuple(sorted(stop_ids))[:NUM_STOPS],
     )
 
 

@@ -5,87 +5,47 @@ return, so nothing outside may hold one.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import rows
-from ..layers.batch import NUM_FLAGS, StepLayout
-from ..layers.kv_pages import abstract_pages
-from ..layers.mesh import MODEL, partition
-from ..layers.param import map_params
-from ..layers.programs import SCORE_ROWS, Hidden, Programs, Variant
-from ..layers.quantization.registry import WeightFormat
+from ..layers.batch import StepLayout
+from ..layers.programs import SCORE_ROWS, Hidden, Variant
 from ..layers.sampling import Sampled, TokenLogprobs
-from .buckets import Buckets
 from .compiler import CompileReport, ProgramSpec, compile_all
+from .lowering import ROWS_PER_UPDATE, Lowering, default_tables, loop_name, sample_name
 
-# Rows that one update program writes; a row that carries tables goes alone.
-ROWS_PER_UPDATE = 8
-
-_REPLICATED = PartitionSpec()
-_KV = PartitionSpec(None, MODEL)
+__all__ = ["ROWS_PER_UPDATE", "Runner"]
 
 
 class Runner:
-    """Compiles the programs of `buckets` and runs them on the arrays it owns."""
+    """Compiles the programs of one engine and runs them on the arrays it owns."""
 
-    def __init__(
-        self,
-        programs: Programs,
-        buckets: Buckets,
-        mesh: Mesh,
-        weight_format: WeightFormat,
-        *,
-        num_pages: int,
-        kv_dtype: np.dtype[Any],
-        num_logprobs: int,
-    ) -> None:
-        self.programs = programs
-        self.buckets = buckets
-        self.num_pages = num_pages
-        self._mesh = mesh
-        self._format = weight_format
-        self._kv_dtype = kv_dtype
-        self.num_logprobs = num_logprobs
-        self._vocab = programs.model.vocab_size
+    def __init__(self, lowering: Lowering) -> None:
+        self.lowering = lowering
+        self.programs = lowering.programs
+        self.buckets = lowering.buckets
+        self.num_pages = lowering.num_pages
+        self.num_logprobs = lowering.num_logprobs
         self._weights: Any = None
         self._executables: dict[str, Any] = {}
-        self._specs = {spec.name: spec for spec in self.program_specs()}
+        self._specs = {spec.name: spec for spec in lowering.program_specs()}
         self._kv: Any = None
         self._rows: Any = None
         self._lengths: Any = None
         self._open_masks: dict[int, Any] = {}  # by rows: masks that allow everything
 
-    # What exists
-
     def program_specs(self) -> list[ProgramSpec]:
-        """Every program of this engine, the largest first: it is the last to finish compiling."""
-        specs = [
-            ProgramSpec(f"forward[{t}]", partial(self._lower_forward, t))
-            for t in reversed(self.buckets.tokens)
-        ]
-        specs += [
-            ProgramSpec(_sample_name(rows, variant), partial(self._lower_sample, rows, variant))
-            for rows, variant in self.buckets.sample_programs()
-        ]
-        specs += [
-            ProgramSpec(f"score[{n},{k}]", partial(self._lower_score, n, k))
-            for n, k in self.buckets.score_programs()
-        ]
-        specs += [
-            ProgramSpec("update_rows", partial(self._lower_update, ROWS_PER_UPDATE, False)),
-            ProgramSpec("update_row_tables", partial(self._lower_update, 1, True)),
-        ]
-        return specs
+        """Every program of this engine."""
+        return [*self._specs.values()]
 
     def compile(self, progress: Callable[[str], None] = lambda name: None) -> CompileReport:
         """Build every program; afterwards no step compiles."""
-        self._executables, report = compile_all(self._specs.values(), progress)
+        self._executables, report = compile_all(
+            self._specs.values(), progress, self.lowering.options
+        )
         return report
 
     def workspace_bytes(self) -> int:
@@ -96,19 +56,13 @@ class Runner:
     def largest_workspace_bytes(self) -> int:
         """Scratch memory of the largest forward program, compiled for this question."""
         name = f"forward[{self.buckets.tokens[-1]}]"
-        analysis = self._specs[name].lower().compile().memory_analysis()
+        analysis = self._compiled(self._specs[name].lower).memory_analysis()
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
     def code_bytes(self) -> int:
         """Machine code of all programs, as the compiler counts it."""
         sizes = [e.memory_analysis() for e in self._executables.values()]
         return sum(s.generated_code_size_in_bytes for s in sizes if s is not None)
-
-    def row_bytes(self) -> int:
-        return sum(
-            int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize
-            for a in jax.tree.leaves(rows.abstract_rows(self.buckets.slots, self._vocab))
-        )
 
     # Device state
 
@@ -120,7 +74,7 @@ class Runner:
         step.
         """
         self._kv = self._rows = self._lengths = None  # free the old before making the new
-        made = self._program("allocate", self._lower_allocate)()
+        made = self._program("allocate", self.lowering.allocate)()
         self._kv, self._rows, self._lengths, self._open_masks = made
 
     def release(self) -> None:
@@ -133,14 +87,16 @@ class Runner:
         the second ones replay.
         """
         for _ in range(1 if jax.default_backend() == "cpu" else 2):
-            for tokens in self.buckets.tokens:
-                hidden = self.forward(_padding(self.buckets.layout(tokens)), tokens)
+            for layout in self.buckets.forward_layouts():
+                hidden = self.forward(_padding(layout), layout)
                 for variant in Variant:
                     sampled = self.sample(hidden, variant)
                 self.score(hidden.rows, 0, sampled.token)
                 self.score(hidden.tokens, 0, np.zeros(SCORE_ROWS, np.int32))
+            for layout, variant in self.buckets.loop_programs():
+                self.decode(_padding(layout), layout, variant)
             self.update_rows(_padding_rows(ROWS_PER_UPDATE, self.buckets.slots))
-            tables = _default_tables(self._vocab)
+            tables = default_tables(self.programs.model.vocab_size)
             self.update_rows(_padding_rows(1, self.buckets.slots), tables)
         jax.block_until_ready(self._lengths)
 
@@ -153,16 +109,28 @@ class Runner:
             self._rows, self._lengths = run(self._rows, self._lengths, _private(packed))
         else:
             run = self._program("update_row_tables")
-            arguments = _private(packed), jax.tree.map(_private, tables)
+            # Padding copies.
+            arguments = _private(packed), rows.padded_tables(tables, self.lowering.vocab)
             self._rows, self._lengths = run(self._rows, self._lengths, *arguments)
 
-    def forward(self, packed: np.ndarray, tokens: int) -> Hidden:
+    def forward(self, packed: np.ndarray, layout: StepLayout) -> Hidden:
         """Run one packed step."""
-        run = self._program(f"forward[{tokens}]")
+        run = self._program(layout.name)
         made = run(self._weights, self._kv, self._lengths, self._rows.last_token, _private(packed))
         hidden: Hidden = made[0]
         self._kv, self._lengths = made[1:]
         return hidden
+
+    def decode(self, packed: np.ndarray, layout: StepLayout, variant: Variant) -> jax.Array:
+        """Run up to layout.num_steps steps: i32[num_steps, 2, rows], token and flag of each."""
+        run = self._program(loop_name(layout, variant))
+        made = run(
+            self._weights, self._kv, self._lengths, self._rows, _private(packed),
+            self._open_masks[layout.rows],
+        )  # fmt: skip
+        tokens: jax.Array = made[0]
+        self._kv, self._lengths, self._rows = made[1:]
+        return tokens
 
     def sample(
         self, hidden: Hidden, variant: Variant, step_mask: np.ndarray | None = None
@@ -171,8 +139,8 @@ class Runner:
         step.
         """
         num_rows = hidden.slots.shape[0]
-        run = self._program(_sample_name(num_rows, variant))
-        mask = self._open_masks[num_rows] if step_mask is None else _private(step_mask)
+        run = self._program(sample_name(num_rows, variant))
+        mask = self._open_masks[num_rows] if step_mask is None else self._padded_mask(step_mask)
         made = run(self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags, mask)
         sampled: Sampled = made[0]
         self._rows = made[1]
@@ -188,133 +156,24 @@ class Runner:
         scores: TokenLogprobs = run(self._weights, hidden, np.int32(first), _private(targets))
         return scores
 
-    # Lowering
+    def _padded_mask(self, mask: np.ndarray) -> np.ndarray:
+        """A copy, with the words of a padded vocabulary."""
+        return np.pad(mask, ((0, 0), (0, rows.num_words(self.lowering.vocab) - mask.shape[1])))
 
     def _program(self, name: str, lower: Callable[[], Any] | None = None) -> Any:
         """The executable; compiled now when compilation is lazy (or for `allocate`, at start)."""
         if name not in self._executables:
             lower = lower or self._specs[name].lower
-            self._executables[name] = lower().compile()
+            self._executables[name] = self._compiled(lower)
         return self._executables[name]
 
-    def _abstract(
-        self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = _REPLICATED
-    ) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
-
-    def _placed(self, tree: Any, spec: PartitionSpec = _REPLICATED) -> Any:
-        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype, spec), tree)
-
-    def _weight_arguments(self) -> tuple[Any, Any]:
-        """The weights' abstract arrays and their partition specs."""
-        params = self.programs.model.params()
-        shape, wrap, dtype = self._format.shape, self._format.wrap, self._format.dtype
-
-        def abstract(param: Any) -> Any:
-            return wrap(param, self._abstract(shape(param), dtype, partition(param.axes)))
-
-        return map_params(abstract, params), map_params(
-            lambda param: wrap(param, partition(param.axes)), params
-        )
-
-    def _abstract_kv(self) -> Any:
-        p = self.programs
-        pages = abstract_pages(p.kv_layout, self.num_pages, p.page_size, self._kv_dtype)
-        return self._placed(pages, _KV)
-
-    def _abstract_rows(self) -> Any:
-        return self._placed(rows.abstract_rows(self.buckets.slots, self._vocab))
-
-    def _lengths_array(self) -> Any:
-        return self._abstract((self.buckets.slots,), jnp.int32)
-
-    def _lower(
-        self, function: Any, arguments: tuple[Any, ...], in_specs: Any, out_specs: Any, donate: Any
-    ) -> Any:
-        """Trace `function` as one shard_map over the mesh and lower it."""
-        mapped = jax.shard_map(
-            function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-        return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
-
-    def _lower_forward(self, tokens: int) -> Any:
-        layout = self.buckets.layout(tokens)
-        weights, specs = self._weight_arguments()
-        lengths = self._lengths_array()
-        packed = self._abstract((layout.size,), jnp.int32)
-        return self._lower(
-            partial(self.programs.forward, layout=layout),
-            (weights, self._abstract_kv(), lengths, lengths, packed),
-            (specs, _KV, _REPLICATED, _REPLICATED, _REPLICATED),
-            (_REPLICATED, _KV, _REPLICATED),
-            donate=(1, 2),
-        )
-
-    def _lower_sample(self, num_rows: int, variant: Variant) -> Any:
-        weights, specs = self._weight_arguments()
-        arguments = (
-            weights,
-            self._abstract_rows(),
-            self._hidden(num_rows),
-            self._abstract((num_rows,), jnp.int32),
-            self._abstract((NUM_FLAGS,), jnp.int32),
-            self._abstract_mask(num_rows),
-        )
-        in_specs = (specs, *(_REPLICATED,) * (len(arguments) - 1))
-        function = partial(self.programs.sample, variant=variant)
-        return self._lower(function, arguments, in_specs, _REPLICATED, donate=(1,))
-
-    def _lower_score(self, positions: int, num_targets: int) -> Any:
-        weights, specs = self._weight_arguments()
-        first = self._abstract((), jnp.int32)
-        targets = self._abstract((num_targets,), jnp.int32)
-        return self._lower(
-            partial(self.programs.score, num_logprobs=self.num_logprobs),
-            (weights, self._hidden(positions), first, targets),
-            (specs, _REPLICATED, _REPLICATED, _REPLICATED),
-            _REPLICATED,
-            donate=(),
-        )
-
-    def _lower_update(self, num_rows: int, with_tables: bool) -> Any:
-        packed = self._abstract((num_rows, rows.NUM_COLUMNS), jnp.int32)
-        arguments: tuple[Any, ...] = (self._abstract_rows(), self._lengths_array(), packed)
-        if with_tables:
-            words, vocab = rows.num_words(self._vocab), self._vocab
-            bits = self._abstract((words,), jnp.uint32)
-            tables = rows.RowTables(bits, bits, bits, self._abstract((vocab,), jnp.int16))
-            function, arguments = rows.update_rows, (*arguments, tables)
-        else:
-            function = partial(rows.update_rows, tables=None)
-        return self._lower(function, arguments, _REPLICATED, _REPLICATED, donate=(0, 1))
-
-    def _lower_allocate(self) -> Any:
-        kv, state, lengths = self._abstract_kv(), self._abstract_rows(), self._lengths_array()
-        masks = {n: self._abstract_mask(n) for n in self.buckets.rows}
-
-        def make() -> Any:
-            zeros = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
-            open_masks = jax.tree.map(lambda a: jnp.full(a.shape, 0xFFFFFFFF, a.dtype), masks)
-            pages = jax.tree.map(lambda a: self.programs.ctx.ops.zeros(a.shape, a.dtype), kv)
-            return pages, zeros(state), zeros(lengths), open_masks
-
-        shardings = jax.tree.map(lambda a: a.sharding, (kv, state, lengths, masks))
-        return jax.jit(make, out_shardings=shardings).lower()
-
-    def _abstract_mask(self, num_rows: int) -> Any:
-        return self._abstract((num_rows, rows.num_words(self._vocab)), jnp.uint32)
-
-    def _hidden(self, count: int) -> Any:
-        return self._abstract((count, self.programs.model.hidden_size), jnp.float32)
+    def _compiled(self, lower: Callable[[], Any]) -> Any:
+        return lower().compile(compiler_options=self.lowering.options)
 
 
 def _private(array: Any) -> Any:
     """A copy of a host array that nobody else can write: on CPU a program reads it in place."""
     return array.copy() if isinstance(array, np.ndarray) else array
-
-
-def _sample_name(num_rows: int, variant: Variant) -> str:
-    return f"sample[{num_rows},{variant.value}]"
 
 
 def _padding(layout: StepLayout) -> np.ndarray:
@@ -330,8 +189,3 @@ def _padding_rows(count: int, slots: int) -> np.ndarray:
     packed = np.zeros((count, rows.NUM_COLUMNS), np.int32)
     packed[:, 0] = slots
     return packed
-
-
-def _default_tables(vocab: int) -> rows.RowTables:
-    bits = np.zeros(rows.num_words(vocab), np.uint32)
-    return rows.RowTables(bits, bits, bits, np.zeros(vocab, np.int16))

@@ -8,14 +8,16 @@ computed, and a freed page as free, from the moment it is planned.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
+from .audit import audit
 from .errors import ConfigError, RequestError
 from .page_pool import PagePool, pages_held
 from .policies import Policy, StartTags, fcfs
 from .prefix_cache import PrefixCache, PrefixHit, first_visible_page
 from .request import FinishReason, Request
+from .step_plan import Chunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,27 +44,6 @@ class SchedulerConfig:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if not self.windows or any(window is not None and window < 1 for window in self.windows):
             raise ConfigError(f"windows needs a positive size or None a group, got {self.windows}")
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens first .. first+count-1 of one request, computed in one step."""
-
-    request: Request
-    slot: int
-    first: int
-    count: int
-    samples: bool  # the chunk reaches the last known token, so the next one is sampled
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step. Without chunks there is nothing to run: read what is in flight, or wait."""
-
-    chunks: tuple[Chunk, ...]  # those of one token first
-    admitted: tuple[Request, ...]  # their device rows must be written before the step
-    preempted: tuple[Request, ...]
-    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -108,6 +89,10 @@ class Scheduler:
         return self._waiting
 
     @property
+    def free_slots(self) -> Sequence[int]:
+        return self._free_slots
+
+    @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
@@ -139,8 +124,11 @@ class Scheduler:
         self._start_tags.on_added(request, max_known)
         insort(self._waiting, request, key=self.config.policy)
 
-    def schedule(self, now: float) -> StepPlan:
-        """Plan the next step and count it as done. now: seconds; no policy reads it yet."""
+    def schedule(self, now: float, *, most_steps: int = 1) -> StepPlan:
+        """Plan the next step and count it as done. now: seconds; no policy reads it yet.
+
+        most_steps: how many steps rows of one token may go on by themselves when nobody waits.
+        """
         budget = self._budget()
         draft = _Draft(budget=budget)
         self._plan_running(draft)
@@ -148,6 +136,7 @@ class Scheduler:
             self._plan_waiting(draft)
         if not self._waiting:
             self._start_tags.on_nobody_waits()
+            self._plan_more_steps(draft, most_steps)
         chunks = (*draft.singles, *draft.longer)
         if self.prefix_cache is not None:
             # Only now: within one step a page is not written before another request reads it.
@@ -201,38 +190,7 @@ class Scheduler:
 
     def audit(self) -> None:
         """Assert every invariant of queues, slots and pages; for tests and idle moments."""
-        self.pool.audit()
-        if self.prefix_cache is not None:
-            self.prefix_cache.audit()
-        for queue in (self._running, self._waiting):
-            assert queue == sorted(queue, key=self.config.policy), "a queue is out of order"
-        slots = [request.slot for request in self._running] + self._free_slots
-        assert set(slots) == set(range(self.config.num_slots)), "a slot is lost"
-        assert len(slots) == self.config.num_slots, "a slot has two owners"
-        num_owners = [0] * self.config.num_pages
-        for request in self._running:
-            self._audit_pages(request)
-            for page in (page for table in request.pages for page in table if page):
-                num_owners[page] += 1
-        for page, num in enumerate(num_owners):
-            assert self.pool.num_owners(page) == num, f"page {page} is not held as often as counted"
-        for request in self._waiting:
-            assert not request.pages, f"{request!r} holds pages"
-            assert request.num_computed == 0, f"{request!r} has computed tokens and no pages"
-        for request in (*self._running, *self._waiting):
-            assert request.finish_reason is None, f"{request!r} is queued"
-            assert request.num_computed < request.num_known, f"{request!r} is ahead of itself"
-            assert request.num_in_flight >= 0, f"{request!r} has a token less than none in flight"
-
-    def _audit_pages(self, request: Request) -> None:
-        page_size = self.config.page_size
-        num_pages = -(-request.num_computed // page_size)
-        for table, window in zip(request.pages, self.config.windows, strict=True):
-            first = first_visible_page(request.num_computed, window, page_size)
-            assert len(table) == num_pages, f"{request!r}: the page table has the wrong length"
-            assert all(table[first:]), f"{request!r}: a page that a query can see is missing"
-            held = [page for page in table if page]
-            assert len(set(held)) == len(held), f"{request!r} holds a page twice"
+        audit(self)
 
     def _max_known(self, request: Request) -> int:
         return min(request.num_prompt + request.max_tokens, self.config.max_model_len)
@@ -309,6 +267,20 @@ class Scheduler:
         else:
             draft.num_promised += self._num_missing(request, request.pages)
 
+    def _plan_more_steps(self, draft: _Draft, most_steps: int) -> None:
+        """Let decoding rows go on for as long as their pages and what they may sample last."""
+        if most_steps == 1 or draft.longer or not all(chunk.samples for chunk in draft.singles):
+            return
+        for index, chunk in enumerate(draft.singles):
+            request = chunk.request
+            more = min(most_steps - 1, self._max_known(request) - request.num_known)
+            if more and not self._take_pages(request, more):
+                held = len(request.pages[0]) * self.config.page_size
+                more = min(more, held - request.num_computed)
+            request.num_computed += more
+            request.num_in_flight += more
+            draft.singles[index] = replace(chunk, num_steps=1 + more)
+
     def _num_missing(self, request: Request, pages: list[list[int]]) -> int:
         """Pages that a request with these may still take to compute what is known and a page more.
 
@@ -350,11 +322,22 @@ class Scheduler:
 
     def _grow(self, request: Request, count: int) -> bool:
         """Own the pages of the next `count` tokens: of every group, or none more and False."""
-        page_size = self.config.page_size
-        num_pages = -(-(request.num_computed + count) // page_size) - len(request.pages[0])
+        if self._num_new_pages(request, count) > 0:
+            self._free_below_windows(request)
+        return self._take_pages(request, count)
+
+    def _num_new_pages(self, request: Request, count: int) -> int:
+        """Of each group, for its next `count` tokens."""
+        num_computed, page_size = request.num_computed, self.config.page_size
+        return -(-(num_computed + count) // page_size) - len(request.pages[0])
+
+    def _take_pages(self, request: Request, count: int) -> bool:
+        """Like _grow, and what a window has left is kept: the step being planned may yet read
+        it.
+        """
+        num_pages = self._num_new_pages(request, count)
         if num_pages <= 0:
             return True
-        self._free_below_windows(request)
         pages = self.pool.allocate(num_pages * len(request.pages))
         if pages is None:
             return False

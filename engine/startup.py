@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ..layers.checkpoint import CheckpointError, dummy_weights, load_weights, weight_bytes
+from ..layers.checkpoint import CheckpointError
 from ..layers.context import Context
 from ..layers.kv_pages import KVLayout, page_bytes, plan_layout
-from ..layers.mesh import MODEL, make_mesh
+from ..layers.mesh import MODEL
 from ..layers.programs import Programs
 from ..layers.quantization.registry import choose_format
+from ..layers.weights import dummy_weights, load_weights, weight_bytes
 from ..pallas_kernels import registry
 from ..pallas_kernels.checks import AttentionShape
 from . import memory
@@ -32,7 +33,9 @@ from .config import EngineConfig
 from .core import EngineCore
 from .errors import ConfigError, ModelError
 from .kv_plan import KVPlan, Sizes, gpu_kv_budget, plan_kv, table_width, wanted_context
+from .lowering import Lowering
 from .model_files import ModelFiles, open_model
+from .parallel import open_mesh, require_divisible
 from .policies import POLICIES
 from .processors import describe_kernels
 from .runner import Runner
@@ -71,18 +74,15 @@ def start_engine(
     secret: 32 bytes, the key of the prefix cache's hashes; drawn when not given. progress: called
     from several threads, instead of bars on the terminal.
     """
-    if config.tensor_parallel_size != 1:
-        raise ConfigError(
-            f"tensor_parallel_size = {config.tensor_parallel_size} is not available: tensor "
-            "parallelism is not implemented yet; use 1"
-        )
     given = config.cache_dir
     cache = open_cache(Path(os.path.expanduser(given)) if given else default_cache_dir())
+    mesh = open_mesh(config.tensor_parallel_size)
     files = open_model(config)
+    require_divisible(files.info.model, config.tensor_parallel_size)
     say(files.line())
     sizes = Sizes.resolve(config)
     bar = _bar if progress is None else partial(_Told, progress)
-    build = Builder(config, files, sizes, make_mesh(config.tensor_parallel_size))
+    build = Builder(config, files, sizes, mesh)
     kv_plan = plan_kv(config, files, build.layout, sizes, cache, build.kv_budget)
     if kv_plan.note:
         say(kv_plan.note)
@@ -90,7 +90,12 @@ def start_engine(
     # Without the programs' own needs, which compiling will tell: enough to refuse what cannot fit.
     memory.check_total(build.memory_plan(runner))
     say(f"ops: {', '.join(f'{op} by {name}' for op, name in build.ops.names().items())}")
-    if sizes.platform == "cpu":
+    if mesh.size > 1:
+        say(
+            f"{mesh.size} devices share the model; sizes below are those of each"
+            + (", and the C++ kernels, which serve one, are idle" * (sizes.platform == "cpu"))
+        )
+    elif sizes.platform == "cpu":
         kernels = describe_kernels(registry.cpu_library(), config.cpu_threads)
         kernels.use()
         say(f"cpu kernels: {kernels.line}")
@@ -125,13 +130,17 @@ class Builder:
         self.files = files
         self.sizes = sizes
         self.mesh = mesh
-        self.layout: KVLayout = plan_layout(files.info.model.kv_specs())
+        self.layout: KVLayout = plan_layout(files.info.model.kv_specs(), mesh.size)
         try:
             self.ops = registry.choose(
                 sizes.platform, dtype=files.dtype, shape=self._attention_shape()
             )
         except LookupError as error:
             raise ConfigError(str(error)) from error
+        if sizes.platform == "cpu" and mesh.size > 1:
+            # The C++ kernels serve one device.
+            ops = registry.choose("cpu", attention="jnp", dtype=files.dtype)
+            self.ops = replace(ops, linear="xla")
         self.format = choose_format(files.dtype, self.ops)
 
     def _attention_shape(self) -> AttentionShape:
@@ -148,12 +157,12 @@ class Builder:
     def runner(self, kv_plan: KVPlan) -> Runner:
         model, sizes = self.files.info.model, self.sizes
         wanted, vocab = self.config.max_logprobs, model.vocab_size
-        return Runner(
+        lowering = Lowering(
             Programs(
                 model,
                 self.layout,
                 sizes.page_size,
-                Context(self.ops, MODEL if self.config.tensor_parallel_size > 1 else None),
+                Context(self.ops, MODEL if self.mesh.size > 1 else None),
             ),
             self.buckets(kv_plan),
             self.mesh,
@@ -162,6 +171,7 @@ class Builder:
             kv_dtype=self.files.kv_dtype,
             num_logprobs=vocab if wanted == -1 else min(wanted, vocab),
         )
+        return Runner(lowering)
 
     def buckets(self, kv_plan: KVPlan) -> Buckets:
         return plan_buckets(
@@ -172,6 +182,7 @@ class Builder:
             pages_per_row=kv_plan.table_width,
             num_groups=self.layout.num_groups,
             is_padding_free=self.ops.is_padding_free,
+            decode_steps=self.config.decode_steps,
             queries_per_item=self.ops.queries_per_item,
         )
 
@@ -206,12 +217,13 @@ class Builder:
                 raise ModelError(str(error)) from error
 
     def weight_bytes(self) -> int:
-        return weight_bytes(self.files.info.model.params(), self.format)
+        """On each device."""
+        return weight_bytes(self.files.info.model.params(), self.format, self.mesh.size)
 
     def kv_budget(self) -> int:
-        """Bytes for the KV cache when the option does not say it."""
+        """Bytes of each device for the KV cache when the option does not say it."""
         if self.sizes.platform == "cpu":
-            return memory.cpu_kv_budget(memory.host_memory())
+            return memory.cpu_kv_budget(memory.host_memory()) // self.mesh.size
         max_model_len, _ = wanted_context(self.config, self.files)
         provisional = KVPlan(2, max_model_len, table_width(max_model_len, self.sizes.page_size))
         workspace = self.runner(provisional).largest_workspace_bytes()
@@ -222,12 +234,12 @@ class Builder:
     def memory_plan(self, runner: Runner) -> memory.MemoryPlan:
         return memory.MemoryPlan(
             weights=self.weight_bytes(),
-            rows=runner.row_bytes(),
+            rows=runner.lowering.row_bytes(),
             workspace=runner.workspace_bytes(),
             executables=runner.code_bytes(),
             num_pages=runner.num_pages,
             page_bytes=page_bytes(self.layout, self.sizes.page_size, self.files.kv_dtype),
-            limit=memory.host_memory().total,
+            limit=memory.host_memory().total // self.mesh.size,
         )
 
 

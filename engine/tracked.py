@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from ..layers.sampling import Sampled, TokenLogprobs
+import jax
+
+from ..layers.sampling import TokenLogprobs
 from .core_io import PositionLogprobs
 from .request import Request
 from .row_packer import RowNeeds
-from .scheduler import Chunk
+from .step_plan import Chunk
 
 
 @dataclass
@@ -37,7 +39,7 @@ class InFlight:
     """A dispatched step whose tokens the host has not read."""
 
     chunks: tuple[Chunk, ...]
-    sampled: Sampled | None
+    tokens: jax.Array | None  # i32[2, rows], token and flag; of several steps i32[steps, 2, rows]
     logprobs: TokenLogprobs | None  # of the sampled rows
     scores: tuple[Scores, ...]
 

@@ -35,3 +35,11 @@ class Arena:
             self._next = offset + -(-size // _LINE) * _LINE
         flat = np.frombuffer(self._mapping, np.uint8, size, offset)
         return flat.view(dtype).reshape(shape)
+
+
+def passing_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros for a short time: their memory goes back to the system at once, where that of numpy's
+    own arrays stays with the thread that freed it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size).view(dtype).reshape(shape)

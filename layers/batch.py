@@ -6,8 +6,9 @@ advances by the counts sent here.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from ..pallas_kernels.checks import AttentionBatch
 
 # A token id that stands for "the row's last sampled token, which only the device knows yet".
 TOKEN_ON_DEVICE = 2**31 - 1
+# Of a row's stop tokens, those that a program of several steps looks for; the host looks for all.
+NUM_STOPS = 8
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class StepLayout:
     """The static sizes of one forward program and where each part of its packed input lies.
 
     tokens and rows are padded counts; width is the page-table width; slots the number of device
-    rows; queries_per_item the most queries of a work item.
+    rows; queries_per_item the most queries of a work item; is_decode: each row has one token, and
+    attention no work items; num_steps: of a decode program that goes on by itself.
     """
 
     tokens: int
@@ -32,10 +36,20 @@ class StepLayout:
     width: int
     slots: int
     queries_per_item: int
+    is_decode: bool = False
+    num_steps: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of its program; unique within an engine."""
+        several = f"{self.num_steps} x " if self.num_steps > 1 else ""
+        return f"{several}{'decode' if self.is_decode else 'forward'}[{self.tokens}]"
 
     @property
     def items(self) -> int:
         """Most work items that rows with at least two queries each can need."""
+        if self.is_decode:
+            return 0
         return min(self.tokens // 2, self.rows + self.tokens // self.queries_per_item)
 
     @cached_property
@@ -54,8 +68,10 @@ class StepLayout:
             "item_row": (self.items,),
             "item_first": (self.items,),
             "item_count": (self.items,),
-            "page_table": (self.groups, self.rows, self.width),
         }
+        if self.num_steps > 1:
+            shapes |= {"row_steps": (self.rows,), "stop_ids": (self.rows, NUM_STOPS)}
+        shapes["page_table"] = (self.groups, self.rows, self.width)
         parts, offset = {}, 0
         for name, shape in shapes.items():
             parts[name] = (offset, shape)
@@ -66,6 +82,19 @@ class StepLayout:
     def size(self) -> int:
         offset, shape = self.parts["page_table"]
         return offset + prod(shape)
+
+    def part(self, packed: jax.Array, name: str) -> jax.Array:
+        """The named part of i32[size], in its shape."""
+        offset, shape = self.parts[name]
+        return packed[offset : offset + prod(shape)].reshape(shape)
+
+
+class CacheShape(NamedTuple):
+    """What a step must know of the KV cache. windows: per group."""
+
+    windows: tuple[int | None, ...]
+    num_pages: int
+    page_size: int
 
 
 # Which parts of `sample` some row of the batch needs; each is skipped when none does.
@@ -92,19 +121,21 @@ def unpack(
     lengths: jax.Array,  # i32[slots]
     last_token: jax.Array,  # i32[slots]
     layout: StepLayout,
-    windows: tuple[int | None, ...],
-    num_pages: int,
-    page_size: int,
+    cache: CacheShape,
+    is_running: jax.Array | None = None,  # bool[rows]; the others are padding. None: all run
 ) -> StepBatch:
     """Everything the layers need, from the packed array and the rows' device state."""
-
-    def part(name: str) -> jax.Array:
-        offset, shape = layout.parts[name]
-        return packed[offset : offset + prod(shape)].reshape(shape)
-
+    windows, num_pages, page_size = cache
+    part = partial(layout.part, packed)
     num_tokens, num_single, num_items = part("counts")
     is_real = jnp.arange(layout.tokens, dtype=jnp.int32) < num_tokens
     row, row_slot = part("token_row"), part("row_slot")
+    sample_slot = part("sample_slot")
+    if is_running is not None:
+        is_real &= is_running[row]
+        row_slot, sample_slot = (
+            jnp.where(is_running, s, layout.slots) for s in (row_slot, sample_slot)
+        )
     slot = row_slot[row]
     start = lengths.at[slot].get(mode="fill", fill_value=0)
     positions = jnp.where(is_real, start + part("token_offset"), 0)
@@ -139,6 +170,6 @@ def unpack(
         lengths=lengths.at[row_slot].add(part("row_count"), mode="drop"),
         attention=tuple(attention),
         sample_token=part("sample_token"),
-        sample_slot=part("sample_slot"),
+        sample_slot=sample_slot,
         flags=part("flags"),
     )

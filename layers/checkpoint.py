@@ -1,8 +1,7 @@
-"""Safetensors -> the arrays of a Param tree, pulled by the leaves.
+"""Safetensors files: what tensors they hold, memory-mapped, and whether they are a model's.
 
-Files are memory-mapped; each Param copies its slices once, already joined and in its dtype, so the
-peak above the weights is a few tensors. Ends with two exact lists, missing and unexpected tensors,
-and refuses if either has any. Never reads pickle.
+Two exact lists, missing and unexpected tensors, and a refusal if either has any. Never reads
+pickle. What becomes of the tensors is the business of weights.py.
 """
 
 import json
@@ -10,22 +9,14 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from .arena import Arena
-from .mesh import partition
-from .param import Param, map_params, param_leaves
-from .quantization.registry import WeightFormat
+from .param import param_leaves
 
 _DTYPE_BY_NAME = {
     "F64": np.dtype(np.float64),
@@ -35,7 +26,6 @@ _DTYPE_BY_NAME = {
 }
 _MAX_HEADER_BYTES = 100_000_000
 _LISTED = 20  # tensors named in a message
-_LOAD_THREADS = 4
 
 
 class CheckpointError(ValueError):
@@ -211,48 +201,6 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no *.safetensors file; a model folder needs its weights")
 
 
-def load_weights(
-    checkpoint: Checkpoint,
-    params: Any,
-    weight_format: WeightFormat,
-    mesh: Mesh,
-    is_unused: Callable[[str], bool],
-    progress: Callable[[int], None] = lambda num_bytes: None,
-) -> Any:
-    """The tree with each Param replaced by its device arrays, in parallel.
-
-    `is_unused` names tensors that published files carry and the model does not read; `progress` is
-    called with the bytes of each finished Param. Raises CheckpointError listing missing, unexpected
-    and misshapen tensors.
-    """
-    check_names(checkpoint, params, is_unused)
-    arena = _arena(params, weight_format, mesh)
-
-    def load(param: Param) -> Any:
-        parts = [checkpoint.read(s.tensor) for s in param.slices]
-        joined = np.empty(param.shape, weight_format.dtype)
-        row = 0
-        for part, piece in zip(parts, param.slices, strict=True):
-            with np.errstate(over="ignore"):  # said below, with the tensor's name
-                joined[row : row + piece.rows] = part
-            row += piece.rows
-        if weight_format.dtype == np.float16 and not np.isfinite(joined).all():
-            names = ", ".join(s.tensor for s in param.slices)
-            raise CheckpointError(
-                f"{names}: values beyond float16's 65504 would become infinite; use dtype "
-                "bfloat16 or float32"
-            )
-        array = _placed(param, joined, weight_format, mesh, arena)
-        for piece in param.slices:
-            checkpoint.forget(piece.tensor)
-        progress(array.nbytes)
-        return weight_format.wrap(param, array)
-
-    with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load") as pool:
-        futures = map_params(lambda param: pool.submit(load, param), params)
-        return jax.tree.map(lambda future: future.result(), futures)
-
-
 def check_names(checkpoint: Checkpoint, params: Any, is_unused: Callable[[str], bool]) -> None:
     """Raise CheckpointError unless the checkpoint has exactly the tensors of the tree, in their
     shapes.
@@ -285,74 +233,3 @@ def check_names(checkpoint: Checkpoint, params: Any, is_unused: Callable[[str], 
             f"the weights in {checkpoint.folder} are not those its config.json describes; "
             f"{'; '.join(problems)}. Take config and weights from the same revision"
         )
-
-
-def dummy_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, seed: int) -> Any:
-    """Random weights of the tree's shapes, made on the device: norms and biases at their start
-    value, the rest normal(0, 0.02).
-    """
-    index = {id(param): i for i, param in enumerate(param_leaves(params))}
-    arena = _arena(params, weight_format, mesh)
-    key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
-
-    def make(param: Param) -> Any:
-        sharding = NamedSharding(mesh, partition(param.axes))
-        build = _constant if param.fill is not None else _normal
-        array = build(key, index[id(param)], param.shape, weight_format.dtype, sharding, param.fill)
-        if weight_format.shape(param) != param.shape:
-            array = _placed(param, np.asarray(array), weight_format, mesh, arena)
-        return weight_format.wrap(param, array)
-
-    return map_params(make, params)
-
-
-# Jitted over the static shape, so a model compiles one program per distinct shape, not per weight.
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _normal(
-    key: jax.Array,  # u32[2]
-    index: int,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    sharding: NamedSharding,
-    _: None,
-) -> jax.Array:
-    noise = jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(key), index), shape)
-    noise = noise * 0.02
-    return jax.lax.with_sharding_constraint(noise.astype(dtype), sharding)
-
-
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _constant(
-    key: jax.Array,
-    index: int,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    sharding: NamedSharding,
-    fill: float,
-) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.full(shape, fill, dtype), sharding)
-
-
-def _arena(params: Any, weight_format: WeightFormat, mesh: Mesh) -> Arena | None:
-    """Where arrays are made that the one CPU device reads in place; None: they are copied to it."""
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
-        return None
-    return Arena(weight_bytes(params, weight_format), len(param_leaves(params)))
-
-
-def _placed(
-    param: Param, values: np.ndarray, weight_format: WeightFormat, mesh: Mesh, arena: Arena | None
-) -> jax.Array:
-    """The Param's array on its devices, from its values."""
-    shape, dtype = weight_format.shape(param), weight_format.dtype
-    array = np.zeros(shape, dtype) if arena is None else arena.take(shape, dtype)
-    weight_format.fill(param, values, array)
-    return jax.device_put(array, NamedSharding(mesh, partition(param.axes)))
-
-
-def weight_bytes(params: Any, weight_format: WeightFormat) -> int:
-    """Bytes of all arrays of the tree."""
-    return (
-        sum(math.prod(weight_format.shape(p)) for p in param_leaves(params))
-        * weight_format.dtype.itemsize
-    )

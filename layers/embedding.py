@@ -1,11 +1,11 @@
 """Token embeddings, split over the vocabulary when the mesh has a model axis."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from .context import Context
 from .linear import Matrix
+from .vocab import local_ids
 
 
 def embed(token_ids: jax.Array, table: Matrix, ctx: Context) -> jax.Array:
@@ -14,8 +14,6 @@ def embed(token_ids: jax.Array, table: Matrix, ctx: Context) -> jax.Array:
     """
     if ctx.model_axis is None:
         return table.rows(token_ids)
-    rows = table.num_rows
-    local = token_ids - lax.axis_index(ctx.model_axis) * rows
-    # An id of another shard must not wrap around: send it past the end, where it reads zeros.
-    local = jnp.where((local >= 0) & (local < rows), local, rows)
+    # An id of another shard reads zeros, past the end.
+    local = local_ids(token_ids, table.num_rows, ctx.model_axis)
     return lax.psum(table.rows(local), ctx.model_axis)

@@ -5,7 +5,7 @@ page ids from one pool; layer j of every group uses array j, so a page belongs t
 time and no array has holes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,25 @@ class KVSpec:
 @dataclass(frozen=True)
 class KVLayout:
     """windows: per group; group_by_layer and array_by_layer: per layer; arrays: the shape of each
-    array.
+    array; num_shards: devices that share the heads.
     """
 
     windows: tuple[int | None, ...]
     group_by_layer: tuple[int, ...]
     array_by_layer: tuple[int, ...]
     arrays: tuple[KVSpec, ...]
+    num_shards: int = 1
 
     @property
     def num_groups(self) -> int:
         return len(self.windows)
 
 
-def plan_layout(specs: list[KVSpec]) -> KVLayout:
-    """Group layers by (spec, reach). Raises ValueError when groups of different shapes would share
-    arrays.
+def plan_layout(specs: list[KVSpec], num_shards: int = 1) -> KVLayout:
+    """Group layers by (spec, reach). With fewer heads than shards each shard has one, and a head is
+    kept by several. Raises ValueError when groups of different shapes would share arrays.
     """
+    specs = [replace(s, num_kv_heads=max(s.num_kv_heads, num_shards)) for s in specs]
     groups: list[KVSpec] = []
     counts: list[int] = []
     group_by_layer, array_by_layer = [], []
@@ -61,21 +63,22 @@ def plan_layout(specs: list[KVSpec]) -> KVLayout:
             f"layers with KV caches of different shapes cannot share pages: {sorted(shapes)}"
         )
     arrays = (groups[0],) * max(counts)
-    return KVLayout(
-        tuple(s.window for s in groups), tuple(group_by_layer), tuple(array_by_layer), arrays
-    )
+    windows = tuple(s.window for s in groups)
+    return KVLayout(windows, tuple(group_by_layer), tuple(array_by_layer), arrays, num_shards)
 
 
 def page_bytes(layout: KVLayout, page_size: int, dtype: np.dtype) -> int:
-    """Bytes of one page id over all arrays."""
+    """Bytes of one page id over all arrays, on each device."""
     columns = sum(s.num_kv_heads * (s.head_dim + (s.value_dim or 0)) for s in layout.arrays)
-    return columns * page_size * dtype.itemsize
+    return columns // layout.num_shards * page_size * dtype.itemsize
 
 
 def abstract_pages(
     layout: KVLayout, num_pages: int, page_size: int, dtype: np.dtype
 ) -> tuple[KVPages, ...]:
-    """The arrays as jax.ShapeDtypeStruct, one KVPages per array index."""
+    """The arrays as jax.ShapeDtypeStruct with the heads of all shards, one KVPages per array
+    index.
+    """
 
     def array(spec: KVSpec, dim: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(

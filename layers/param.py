@@ -32,6 +32,7 @@ class Slice:
     name: str  # what adapters and messages call it
     tensor: str  # its name in the checkpoint
     rows: int
+    unit: int = 1  # rows that stay on one device, as those of a head do
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,19 @@ def fused_param(
     columns: int,
     axes: tuple[str | None, str | None],
     kind: Kind = Kind.LINEAR,
+    *,
+    unit: int = 1,
 ) -> Param:
     """Matrices [rows, columns] stacked along axis 0; parts: name -> (tensor, rows)."""
-    slices = tuple(Slice(name, tensor, rows) for name, (tensor, rows) in parts.items())
+    slices = tuple(Slice(name, tensor, rows, unit) for name, (tensor, rows) in parts.items())
     return Param((sum(s.rows for s in slices), columns), axes, slices, kind)
 
 
-def vector_param(parts: dict[str, tuple[str, int]], axis: str | None, *, fill: float) -> Param:
+def vector_param(
+    parts: dict[str, tuple[str, int]], axis: str | None, *, fill: float, unit: int = 1
+) -> Param:
     """Vectors joined end to end; parts: name -> (tensor, length)."""
-    slices = tuple(Slice(name, tensor, rows) for name, (tensor, rows) in parts.items())
+    slices = tuple(Slice(name, tensor, rows, unit) for name, (tensor, rows) in parts.items())
     return Param((sum(s.rows for s in slices),), (axis,), slices, Kind.VECTOR, fill)
 
 

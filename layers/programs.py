@@ -1,4 +1,4 @@
-"""The programs of a step as pure functions: forward, sample, score, update_rows.
+"""The programs of a step as pure functions: forward, sample, decode, score, update_rows.
 
 `forward` gives the hidden states to be sampled and `sample` turns them into tokens: two
 executables, so that what depends on the previous token (masks) is an argument of the second only,
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from ..pallas_kernels.checks import KVPages
 from . import rows, sampling
-from .batch import StepLayout, unpack
+from .batch import TOKEN_ON_DEVICE, CacheShape, StepLayout, unpack
 from .context import Context
 from .kv_pages import KVLayout
 from .models.llama import Decoder
+from .vocab import Vocabulary
 
 SCORE_ROWS = 64  # logprobs go through the head in chunks of at most this many rows
 
@@ -46,6 +47,7 @@ class Programs:
         self.kv_layout = kv_layout
         self.page_size = page_size
         self.ctx = ctx
+        self.vocab = Vocabulary(model.vocab_size, ctx.model_axis)
         # One jitted block for all layers and programs: a program traces one layer, not all.
         self._block = jax.jit(model.block, static_argnums=(5,))
 
@@ -57,12 +59,11 @@ class Programs:
         last_token: jax.Array,  # i32[slots]
         packed: jax.Array,  # i32[layout.size]
         layout: StepLayout,
+        is_running: jax.Array | None = None,  # bool[rows]
     ) -> tuple[Hidden, tuple[KVPages, ...], jax.Array]:
         """Run the tokens of a step through all layers; kv and lengths are donated and returned."""
-        num_pages = kv[0].k.shape[0]
-        batch = unpack(
-            packed, lengths, last_token, layout, self.kv_layout.windows, num_pages, self.page_size
-        )
+        cache_shape = CacheShape(self.kv_layout.windows, kv[0].k.shape[0], self.page_size)
+        batch = unpack(packed, lengths, last_token, layout, cache_shape, is_running)
         x = self.model.embed(weights, batch.token_ids, self.ctx)
         tables = self.model.tables(batch.positions)
         groups = [self.ctx.ops.plan_attention(b, self.page_size) for b in batch.attention]
@@ -92,10 +93,57 @@ class Programs:
     ) -> tuple[sampling.Sampled, rows.RowState]:
         """One token per row; state is donated and returned."""
         head = self.model.head(weights)
-        if variant is Variant.GREEDY:
+        if variant is Variant.GREEDY and self.vocab.axis is None:
             return sampling.sample_greedy(*head.highest(hidden_rows), state, slots)
         logits = head.product(hidden_rows, None)
-        return sampling.sample(logits, state, slots, flags, step_mask)
+        if variant is Variant.GREEDY:
+            return sampling.sample_greedy(*self.vocab.highest(logits), state, slots)
+        return sampling.sample(logits, state, slots, flags, step_mask, self.vocab)
+
+    def decode(
+        self,
+        weights: Any,
+        kv: tuple[KVPages, ...],
+        lengths: jax.Array,  # i32[slots]
+        state: rows.RowState,
+        packed: jax.Array,  # i32[layout.size]
+        open_mask: jax.Array,  # u32[rows, words], all tokens allowed
+        layout: StepLayout,
+        variant: Variant,
+    ) -> tuple[jax.Array, tuple[KVPages, ...], jax.Array, rows.RowState]:
+        """Up to layout.num_steps steps of one token a row, each fed what the one before sampled.
+
+        A row ends after its row_steps, at one of its stop_ids, or at logits that are not finite;
+        what it gives from there on means nothing. kv, lengths and state are donated and returned
+        behind i32[num_steps, 2, rows], the token_and_flag of each step.
+        """
+        row_steps, stop_ids = layout.part(packed, "row_steps"), layout.part(packed, "stop_ids")
+        first_id, (num_ids,) = layout.parts["token_ids"]
+        on_device = packed.at[first_id : first_id + num_ids].set(TOKEN_ON_DEVICE)
+
+        def is_under_way(carry: Any) -> jax.Array:
+            step, is_running = carry[0], carry[1]
+            return (step < layout.num_steps) & is_running.any()
+
+        def take_step(carry: Any) -> Any:
+            step, is_running, made, kv, lengths, state = carry
+            ids = jnp.where(step == 0, packed, on_device)
+            hidden, kv, lengths = self.forward(
+                weights, kv, lengths, state.last_token, ids, layout, is_running
+            )
+            sampled, state = self.sample(
+                weights, state, hidden.rows, hidden.slots, hidden.flags, open_mask, variant
+            )
+            token, flag = sampled.token_and_flag
+            has_ended = (token[:, None] == stop_ids).any(1) | (flag != 0)
+            made = made.at[step].set(sampled.token_and_flag)
+            step += 1
+            return step, is_running & ~has_ended & (step < row_steps), made, kv, lengths, state
+
+        made = jnp.zeros((layout.num_steps, 2, layout.rows), jnp.int32)
+        carry = (jnp.int32(0), row_steps > 0, made, kv, lengths, state)
+        carry = jax.lax.while_loop(is_under_way, take_step, carry)
+        return carry[2:]
 
     def score(
         self,
@@ -111,4 +159,4 @@ class Programs:
         # lax shifts a slice past the end back to the front: clip its rows one by one instead.
         at = jnp.minimum(first + jnp.arange(targets.shape[0]), hidden.shape[0] - 1)
         logits = self.model.head(weights).product(hidden[at], None)
-        return sampling.token_logprobs(logits, targets, num_logprobs)
+        return sampling.token_logprobs(logits, targets, num_logprobs, self.vocab)

@@ -5,13 +5,16 @@ The programs advance it (last token, output count, token counts); the host only 
 rows, so a row cannot carry over anything of the request that had it before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from .mesh import MODEL
 from .param import Leaf
+from .vocab import WORD
 
 MAX_BIASES = 300  # logit_bias pairs a row can hold
 
@@ -20,7 +23,7 @@ MAX_BIASES = 300  # logit_bias pairs a row can hold
 @dataclass(frozen=True)
 class RowState:
     """Everything `sample` knows about a row. words = ceil(vocab / 32); bit i of word j is token 32
-    j + i.
+    j + i. What is kept of each token is divided like the vocabulary of the head.
     """
 
     last_token: Leaf  # i32[slots]
@@ -53,12 +56,40 @@ class RowTables:
     counts: Leaf  # i16[vocab]
 
 
+_BY_TOKEN = ("allowed", "banned_early", "prompt_seen", "counts")
+
+
+def row_partition() -> RowState:
+    """The partitioning of each array."""
+    return RowState(
+        **{
+            f.name: PartitionSpec(None, MODEL) if f.name in _BY_TOKEN else PartitionSpec()
+            for f in fields(RowState)
+        }
+    )
+
+
+def table_partition() -> RowTables:
+    return RowTables(*(PartitionSpec(MODEL),) * len(fields(RowTables)))
+
+
+def padded_tables(tables: RowTables, vocab: int) -> RowTables:
+    """The tables with the zeros that a padded vocabulary adds. Host side."""
+    words = num_words(vocab)
+    return RowTables(
+        allowed=np.pad(tables.allowed, (0, words - len(tables.allowed))),
+        banned_early=np.pad(tables.banned_early, (0, words - len(tables.banned_early))),
+        prompt_seen=np.pad(tables.prompt_seen, (0, words - len(tables.prompt_seen))),
+        counts=np.pad(tables.counts, (0, vocab - len(tables.counts))),
+    )
+
+
 def num_words(vocab: int) -> int:
-    return -(-vocab // 32)
+    return -(-vocab // WORD)
 
 
 def abstract_rows(slots: int, vocab: int) -> RowState:
-    """The state as jax.ShapeDtypeStructs."""
+    """The state as jax.ShapeDtypeStructs. vocab: with the padding of all shards."""
     i, f, words = jnp.int32, jnp.float32, num_words(vocab)
 
     def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
@@ -123,12 +154,12 @@ def update_rows(
 
 def unpack_bits(words: jax.Array, vocab: int) -> jax.Array:
     """bool[rows, vocab] from u32[rows, words]."""
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = (words[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1
     return bits.reshape(words.shape[0], -1)[:, :vocab].astype(bool)
 
 
 def pack_bits(token_ids: "np.typing.ArrayLike", vocab: int) -> np.ndarray:
     """u32[words] with the bits of these tokens set. Host side."""
-    bits = np.zeros(num_words(vocab) * 32, np.uint8)
+    bits = np.zeros(num_words(vocab) * WORD, np.uint8)
     bits[np.asarray(token_ids, np.int64)] = 1
     return np.packbits(bits, bitorder="little").view(np.uint32)

@@ -88,7 +88,6 @@ _REFUSED = {
     "speculative_disable_by_batch_size": "speculative decoding is not implemented yet",
     "speculative_draft_tensor_parallel_size": "speculative decoding is not implemented yet",
     "kv_offloading_size": "pages are not moved to the host; preempted requests are recomputed",
-    "decode_steps": "steps of several tokens are not implemented yet",
 }
 
 # Of servers only. name -> why nothing is lost

@@ -133,6 +133,13 @@ class Decoder:
         s = self.spec
         return [KVSpec(s.num_kv_heads, s.head_dim, s.head_dim, window) for window in s.windows]
 
+    def divided(self) -> dict[str, int]:
+        """What tensor parallelism divides, by its name in the config: whole parts only."""
+        return {
+            "num_attention_heads": self.spec.num_heads,
+            "intermediate_size": self.spec.mlp_size,
+        }
+
     def params(self) -> Weights:
         """The tree of Params."""
         s = self.spec
@@ -207,8 +214,10 @@ def _block_params(i: int, s: DecoderSpec) -> Block:
     def bias(tensor: str, size: int, wanted: bool) -> Param | None:
         return vector_param({"bias": (tensor, size)}, "hidden", fill=0.0) if wanted else None
 
-    def fused_bias(parts: dict[str, tuple[str, int]], axis: str, wanted: bool) -> Param | None:
-        return vector_param(parts, axis, fill=0.0) if wanted else None
+    def fused_bias(
+        parts: dict[str, tuple[str, int]], axis: str, wanted: bool, unit: int = 1
+    ) -> Param | None:
+        return vector_param(parts, axis, fill=0.0, unit=unit) if wanted else None
 
     return Block(
         attention_norm=_norm(f"model.layers.{i}.input_layernorm.weight", s.hidden_size),
@@ -217,9 +226,13 @@ def _block_params(i: int, s: DecoderSpec) -> Block:
                 {n: (f"{at}.{n}_proj.weight", r) for n, r in rows.items()},
                 s.hidden_size,
                 ("heads", "hidden"),
+                unit=s.head_dim,
             ),
             qkv_bias=fused_bias(
-                {n: (f"{at}.{n}_proj.bias", r) for n, r in rows.items()}, "heads", s.qkv_bias
+                {n: (f"{at}.{n}_proj.bias", r) for n, r in rows.items()},
+                "heads",
+                s.qkv_bias,
+                s.head_dim,
             ),
             out=linear_param(f"{at}.o_proj.weight", (s.hidden_size, q), ("hidden", "heads")),
             out_bias=bias(f"{at}.o_proj.bias", s.hidden_size, s.out_bias),

@@ -10,8 +10,16 @@ from quire.engine.buckets import plan_buckets
 from quire.engine.request import Request
 from quire.engine.row_packer import RowNeeds
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
-from quire.layers.batch import FLAG_FILTERS, FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, unpack
+from quire.engine.scheduler import Scheduler, SchedulerConfig
+from quire.engine.step_plan import Chunk, StepPlan
+from quire.layers.batch import (
+    FLAG_FILTERS,
+    FLAG_MASKS,
+    FLAG_PENALTIES,
+    TOKEN_ON_DEVICE,
+    CacheShape,
+    unpack,
+)
 
 PAGE_SIZE, WIDTH, SLOTS, NUM_PAGES = 4, 20, 5, 60
 BUCKETS = plan_buckets(
@@ -161,8 +169,8 @@ class Lengths:
             self.lengths[request.slot] = chunk.first
         last_token = np.arange(SLOTS, dtype=np.int32) + 1000
         batch = unpack(
-            step.packed, _jax(self.lengths), _jax(last_token), step.layout, (None, 6), NUM_PAGES,
-            PAGE_SIZE,
+            step.packed, _jax(self.lengths), _jax(last_token), step.layout,
+            CacheShape((None, 6), NUM_PAGES, PAGE_SIZE),
         )  # fmt: skip
         self.lengths = np.array(batch.lengths)
         return batch

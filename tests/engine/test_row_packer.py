@@ -1,6 +1,7 @@
 """A request's parameters on their way to the device: pack_row, pack_tables, update_rows."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ from quire.engine.request import Request
 from quire.engine.row_packer import ban_completions, pack_row, pack_tables, row_needs
 from quire.engine.sampling_params import SamplingParams
 from quire.layers import rows, sampling
+from quire.layers.vocab import Vocabulary
 
 VOCAB, SLOTS = 40, 2
-update_rows, run_sample = jax.jit(rows.update_rows), jax.jit(sampling.sample)
+update_rows = jax.jit(rows.update_rows)
+run_sample = jax.jit(partial(sampling.sample, vocab=Vocabulary(VOCAB)))
 
 
 def make_request(output: tuple[int, ...] = (), *, seed: int = 0, **params: Any) -> Request:

@@ -9,7 +9,8 @@ from quire.engine.errors import ConfigError, RequestError
 from quire.engine.policies import Policy, by_priority, fcfs
 from quire.engine.request import FinishReason, Request, RequestStatus
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.scheduler import Scheduler, SchedulerConfig, StepPlan
+from quire.engine.scheduler import Scheduler, SchedulerConfig
+from quire.engine.step_plan import StepPlan
 
 TOKEN = 7
 

@@ -7,7 +7,7 @@ page it can see, or a page was shared wrongly, freed too early or evicted under 
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from quire.engine.policies import by_priority, fair, fcfs
 from quire.engine.request import FinishReason, Request
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
+from quire.engine.scheduler import Scheduler, SchedulerConfig
+from quire.engine.step_plan import Chunk, StepPlan
 
 MAX_MODEL_LEN = 24
 STOP_TOKEN = 0
@@ -53,17 +54,31 @@ class SimulatedDevice:
         self.config = config
         self.rows: dict[int, list[int]] = {}
         self.content: dict[tuple[int, int], int] = {}  # (page, place) -> digest
+        self.ended: set[int] = set()  # slots of rows that sampled a stop before their last step
 
     def run(self, plan: StepPlan) -> list[tuple[Request, int]]:
         """The sampled tokens. Every write comes before the first read, as in each layer."""
         for request in plan.admitted:
             assert request.slot is not None
             self.rows[request.slot] = request.token_ids(0, request.num_tokens)
-        for chunk in plan.chunks:
-            self.write(chunk)
-        for chunk in plan.chunks:
-            self.check_reads(chunk)
-        return [(chunk.request, self.sample(chunk)) for chunk in plan.chunks if chunk.samples]
+            self.ended.discard(request.slot)
+        sampled: list[tuple[Request, int]] = []
+        # A row that ended by itself goes on with tokens that the host will drop.
+        chunks = [chunk for chunk in plan.chunks if chunk.slot not in self.ended]
+        while chunks:
+            for chunk in chunks:
+                self.write(chunk)
+            for chunk in chunks:
+                self.check_reads(chunk)
+            tokens = [(chunk, self.sample(chunk)) for chunk in chunks if chunk.samples]
+            sampled += [(chunk.request, token) for chunk, token in tokens]
+            self.ended |= {c.slot for c, token in tokens if token == STOP_TOKEN and c.num_steps > 1}
+            chunks = [
+                replace(chunk, first=chunk.first + 1, num_steps=chunk.num_steps - 1)
+                for chunk, token in tokens
+                if chunk.num_steps > 1 and token != STOP_TOKEN
+            ]
+        return sampled
 
     def write(self, chunk: Chunk) -> None:
         history = digests(chunk.request.cache_salt, self.rows[chunk.slot])
@@ -106,8 +121,12 @@ class Engine:
         self.device = SimulatedDevice(self.scheduler.config)
         self.unread: deque[list[tuple[Request, int]]] = deque()
 
-    def step(self) -> StepPlan:
-        plan = self.scheduler.schedule(0.0)
+    def step(self, most_steps: int = 1) -> StepPlan:
+        plan = self.scheduler.schedule(0.0, most_steps=most_steps)
+        assert plan.num_steps <= most_steps
+        if plan.num_steps > 1:
+            assert all(chunk.count == 1 and chunk.samples for chunk in plan.chunks)
+            assert not self.scheduler.waiting
         assert all(chunk.count > 0 for chunk in plan.chunks)
         assert plan.num_tokens == sum(chunk.count for chunk in plan.chunks)
         assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
@@ -200,10 +219,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests.append(request)
 
     @precondition(lambda self: self.scheduler.has_work)
-    @rule(num_steps=st.integers(1, 4))
-    def step(self, num_steps: int) -> None:
+    @rule(num_steps=st.integers(1, 4), most_steps=st.sampled_from([1, 1, 2, 5]))
+    def step(self, num_steps: int, most_steps: int) -> None:
         for _ in range(num_steps):
-            self.engine.step()
+            self.engine.step(most_steps)
             self.scheduler.audit()
 
     @precondition(lambda self: len(self.scheduler.running) + len(self.scheduler.waiting) > 2)

@@ -9,20 +9,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from quire.layers.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_names,
-    dummy_weights,
-    load_weights,
-    weight_bytes,
-)
+from quire.layers.checkpoint import Checkpoint, CheckpointError, check_names
 from quire.layers.linear import DenseWeight
 from quire.layers.mesh import make_mesh
 from quire.layers.models.llama import Decoder, DecoderSpec
 from quire.layers.param import Kind, fused_param, linear_param, map_params, vector_param
 from quire.layers.quantization.plain import Plain
 from quire.layers.rope import RopeConfig
+from quire.layers.weights import dummy_weights, load_weights, weight_bytes
 
 NAMES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -76,7 +70,7 @@ def load(folder: Path, weight_format: Plain = F32, is_unused: Any = lambda name:
     tree = load_weights(
         Checkpoint(folder), PARAMS, weight_format, make_mesh(1), is_unused, made.append
     )
-    assert sum(made) == weight_bytes(PARAMS, weight_format)
+    assert sum(made) == weight_bytes(PARAMS, weight_format, 1)
     return tree
 
 

@@ -13,8 +13,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from quire.layers import sampling
+from quire.layers.filters import TOP, filter_threshold
 from quire.layers.linear import DenseWeight
-from quire.layers.rows import MAX_BIASES, RowState, num_words, pack_bits
+from quire.layers.rows import MAX_BIASES, RowState, num_words, pack_bits, row_partition
+from quire.layers.vocab import Vocabulary
+
+from .shards import BY_TOKEN, SAME, on_shards
 
 VOCAB = 200  # two blocks, the second not full
 SLOTS = 8
@@ -90,7 +94,13 @@ def make_state(rows: list[Row], vocab: int = VOCAB, slots: int = SLOTS) -> RowSt
 
 @cache
 def compiled() -> Any:
-    return jax.jit(sampling.sample)
+    state = row_partition()
+    return on_shards(
+        sampling.sample,
+        (BY_TOKEN, state, SAME, SAME, BY_TOKEN),
+        (SAME, state),
+        fill=1e3,  # of a padded head: finite, and never to be seen
+    )
 
 
 def run(
@@ -245,7 +255,7 @@ def test_filters_keep_what_the_oracle_keeps(vocab: int, rows: list[Row], seed: i
 
 @cache
 def _thresholds() -> Any:
-    return jax.jit(sampling.filter_threshold)
+    return on_shards(filter_threshold, (BY_TOKEN, SAME, SAME, SAME), SAME, fill=-np.inf)
 
 
 def test_top_k_of_exactly_the_window_filters_and_renormalises():
@@ -255,9 +265,9 @@ def test_top_k_of_exactly_the_window_filters_and_renormalises():
     x = np.linspace(0, -2, VOCAB, dtype=np.float32)[None]
     for top_p in (1.0, 0.5):
         threshold = _thresholds()(
-            x, np.array([sampling.TOP], np.int32), np.float32([top_p]), np.float32([0])
+            x, np.array([TOP], np.int32), np.float32([top_p]), np.float32([0])
         )
-        row = Row(top_k=sampling.TOP, top_p=top_p)
+        row = Row(top_k=TOP, top_p=top_p)
         assert (x[0] >= threshold[0]).sum() == keep(x[0].astype(float), row, top_p).sum()
 
 
@@ -282,7 +292,7 @@ def test_ties_at_every_threshold_are_all_kept():
 MIXED = [
     Row(temperature=0.0),
     Row(seed=2),
-    Row(seed=3, top_k=100),  # past the 64 highest: sorted
+    Row(seed=3, top_k=100),  # past the 64 highest: searched for
     Row(seed=4, top_p=0.95, temperature=2.0),  # flat: needs more than 64
     Row(seed=5, top_k=3, top_p=0.5),
     Row(seed=6, min_p=0.02),
@@ -294,7 +304,7 @@ MIXED = [
 def test_each_row_of_a_mixed_batch_is_the_row_alone():
     logits = some_logits(np.random.default_rng(0), SLOTS)
     logits[3] = np.linspace(0, 1, VOCAB)
-    assert keep(logits[3] / 2, MIXED[3], MIXED[3].top_p).sum() > sampling.TOP
+    assert keep(logits[3] / 2, MIXED[3], MIXED[3].top_p).sum() > TOP
     state = make_state(MIXED)
     together, _, _ = run(logits, state, range(SLOTS))
     for i, row in enumerate(MIXED):
@@ -312,19 +322,26 @@ def test_each_row_of_a_mixed_batch_is_the_row_alone():
         assert elsewhere[(i + 3) % SLOTS] == together[i]
 
 
-def highest(logits: Any) -> Any:
-    """What the head tells of its logits."""
-    return DenseWeight(jnp.eye(VOCAB)).highest(jnp.asarray(logits))
+@cache
+def greedy() -> Any:
+    def sample(logits: Any, state: RowState, slots: Any, vocab: Vocabulary) -> Any:
+        if vocab.axis is None:  # as the head tells it
+            best = DenseWeight(jnp.eye(VOCAB)).highest(jnp.asarray(logits))
+        else:
+            best = vocab.highest(logits)
+        return sampling.sample_greedy(*best, state, slots)
+
+    state = row_partition()
+    return on_shards(sample, (BY_TOKEN, state, SAME), (SAME, state), fill=1e3)
 
 
 def test_idle_rows_change_no_state():
     state = make_state(MIXED)
     logits = some_logits(np.random.default_rng(0), SLOTS)
-    greedy = jax.jit(lambda x, s, at, *_: sampling.sample_greedy(*highest(x), s, at))
-    for sample in (compiled(), greedy):
-        mask = np.full((SLOTS, num_words(VOCAB)), 0xFFFFFFFF, np.uint32)
-        flags = np.ones(NUM_FLAGS, np.int32)
-        _, after = sample(logits, state, np.full(SLOTS, SLOTS, np.int32), flags, mask)
+    mask = np.full((SLOTS, num_words(VOCAB)), 0xFFFFFFFF, np.uint32)
+    flags = np.ones(NUM_FLAGS, np.int32)
+    for sample, more in ((compiled(), (flags, mask)), (greedy(), ())):
+        _, after = sample(logits, state, np.full(SLOTS, SLOTS, np.int32), *more)
         jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
@@ -337,9 +354,8 @@ def test_a_row_that_is_not_finite_flags_only_itself(poison: float):
     got, bad, _ = run(logits, make_state(MIXED), range(SLOTS))
     assert bad.tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
     np.testing.assert_array_equal(np.delete(got, 4), np.delete(clean, 4))
-    sample = jax.jit(lambda x, *rest: sampling.sample_greedy(*highest(x), *rest))
-    greedy, _ = sample(logits, make_state(MIXED), np.arange(SLOTS))
-    assert greedy.token_and_flag[1].tolist() == bad.tolist()
+    chosen, _ = greedy()(logits, make_state(MIXED), np.arange(SLOTS))
+    assert chosen.token_and_flag[1].tolist() == bad.tolist()
 
 
 @pytest.mark.parametrize(

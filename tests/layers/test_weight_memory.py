@@ -17,10 +17,11 @@ CODE = f"""
 import sys
 from pathlib import Path
 import ml_dtypes, numpy as np
-from quire.layers.checkpoint import Checkpoint, load_weights
+from quire.layers.checkpoint import Checkpoint
 from quire.layers.mesh import make_mesh
 from quire.layers.param import linear_param
 from quire.layers.quantization.registry import choose_format
+from quire.layers.weights import load_weights
 from quire.pallas_kernels.registry import choose
 
 def resident(name):

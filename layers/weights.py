@@ -1,0 +1,168 @@
+"""A Param tree -> its arrays on the devices, from a checkpoint or at random.
+
+Each shard of a Param is copied once from the mapped files, already joined and in its dtype, and
+goes to its own device, so the peak above the weights is a few tensors' shards.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .arena import Arena
+from .checkpoint import Checkpoint, CheckpointError, check_names
+from .mesh import MODEL, partition
+from .param import Param, map_params, param_leaves
+from .quantization.registry import WeightFormat
+from .sharding import global_shape, local_param, local_part, local_values, split_axis
+
+_LOAD_THREADS = 4
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    params: Any,
+    weight_format: WeightFormat,
+    mesh: Mesh,
+    is_unused: Callable[[str], bool],
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Any:
+    """The tree with each Param replaced by its device arrays, in parallel.
+
+    `is_unused` names tensors that published files carry and the model does not read; `progress` is
+    called with the bytes of each finished Param on one device. Raises CheckpointError listing
+    missing, unexpected and misshapen tensors.
+    """
+    check_names(checkpoint, params, is_unused)
+    arena, num_shards = _arena(params, weight_format, mesh), mesh.shape[MODEL]
+
+    def values(param: Param, shard: int) -> np.ndarray:
+        with np.errstate(over="ignore"):  # said below, with the tensor's name
+            made = local_values(
+                param, shard, num_shards, lambda s: checkpoint.read(s.tensor), weight_format.dtype
+            )
+        if weight_format.dtype == np.float16 and not np.isfinite(made).all():
+            names = ", ".join(s.tensor for s in param.slices)
+            raise CheckpointError(
+                f"{names}: values beyond float16's 65504 would become infinite; use dtype "
+                "bfloat16 or float32"
+            )
+        return made
+
+    def load(param: Param) -> Any:
+        array = _placed(param, partial(values, param), weight_format, mesh, arena)
+        for piece in param.slices:
+            checkpoint.forget(piece.tensor)
+        progress(_local_bytes(param, weight_format, num_shards))
+        return weight_format.wrap(local_param(param, num_shards), array)
+
+    with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load") as pool:
+        futures = map_params(lambda param: pool.submit(load, param), params)
+        return jax.tree.map(lambda future: future.result(), futures)
+
+
+def dummy_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, seed: int) -> Any:
+    """Random weights of the tree's shapes, made on the devices, the same ones on any number: norms
+    and biases at their start value, the rest normal(0, 0.02).
+    """
+    index = {id(param): i for i, param in enumerate(param_leaves(params))}
+    arena, num_shards = _arena(params, weight_format, mesh), mesh.shape[MODEL]
+    key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+    def make(param: Param) -> Any:
+        array = _drawn(key, np.int32(index[id(param)]), _unnamed(param), weight_format.dtype, mesh)
+        local = local_param(param, num_shards)
+        if weight_format.shape(local) != local.shape:  # as kernels for one device have it
+            values = np.asarray(array)
+            array = _placed(param, lambda shard: values, weight_format, mesh, arena)
+        return weight_format.wrap(local, array)
+
+    return map_params(make, params)
+
+
+def weight_bytes(params: Any, weight_format: WeightFormat, num_shards: int) -> int:
+    """Bytes of all arrays of the tree on one device."""
+    return sum(_local_bytes(p, weight_format, num_shards) for p in param_leaves(params))
+
+
+def array_shape(param: Param, weight_format: WeightFormat, num_shards: int) -> tuple[int, ...]:
+    """Of the array that holds a Param on all devices."""
+    return global_shape(weight_format.shape(local_param(param, num_shards)), param, num_shards)
+
+
+def _unnamed(param: Param) -> Param:
+    """Equal for weights of one shape, so that a model compiles one program for each of them."""
+    return replace(param, slices=tuple(replace(s, name="", tensor="") for s in param.slices))
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _drawn(
+    key: jax.Array,  # u32[2]
+    index: jax.Array,  # i32[]
+    param: Param,
+    dtype: np.dtype,
+    mesh: Mesh,
+) -> jax.Array:
+    """The start values of a Param. Each device draws all of them and keeps its part: what is drawn
+    must not depend on their number.
+    """
+
+    def draw(key: jax.Array, index: jax.Array) -> jax.Array:
+        num_shards = mesh.shape[MODEL]
+        if param.fill is not None:
+            return jnp.full(local_param(param, num_shards).shape, param.fill, dtype)
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+        noise = (jax.random.normal(key, param.shape) * 0.02).astype(dtype)
+        return local_part(noise, param, lax.axis_index(MODEL), num_shards)
+
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(
+        draw, mesh=mesh, in_specs=everywhere, out_specs=partition(param.axes), check_vma=False
+    )
+    return mapped(key, index)
+
+
+def _arena(params: Any, weight_format: WeightFormat, mesh: Mesh) -> Arena | None:
+    """Where arrays are made that the one CPU device reads in place; None: they are copied to it."""
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return None
+    return Arena(weight_bytes(params, weight_format, 1), len(param_leaves(params)))
+
+
+def _placed(
+    param: Param,
+    values: Callable[[int], np.ndarray],
+    weight_format: WeightFormat,
+    mesh: Mesh,
+    arena: Arena | None,
+) -> jax.Array:
+    """The Param's array on its devices, from the values of each shard, which are asked for one by
+    one.
+    """
+    num_shards = mesh.shape[MODEL]
+    local, axis = local_param(param, num_shards), split_axis(param)
+    shape, dtype = weight_format.shape(local), weight_format.dtype
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        shard = 0 if axis is None or index is None else (index[axis].start or 0) // shape[axis]
+        array = np.zeros(shape, dtype) if arena is None else arena.take(shape, dtype)
+        weight_format.fill(local, values(shard), array)
+        return array
+
+    sharding = NamedSharding(mesh, partition(param.axes))
+    if num_shards == 1:
+        return jax.device_put(part(None), sharding)
+    return jax.make_array_from_callback(global_shape(shape, param, num_shards), sharding, part)
+
+
+def _local_bytes(param: Param, weight_format: WeightFormat, num_shards: int) -> int:
+    shape = weight_format.shape(local_param(param, num_shards))
+    return math.prod(shape) * weight_format.dtype.itemsize
