@@ -3,7 +3,7 @@
 The kernels are Pallas Mosaic GPU, whose import takes a second: only who runs them pays it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .attention_gpu_plan import Items, Units, plan_items, plan_units
 from .checks import AttentionBatch, AttentionShape, AttentionSpec, KVPages
 from .reference import fit, write_kv
-from .tuning import Sizes
+from .tuning import Sizes, load
 
 if TYPE_CHECKING:
     from .attention_gpu_tile import Geometry
@@ -143,3 +143,16 @@ class Kernels:
             soft_cap=spec.soft_cap,
             is_interpreted=self.is_interpreted,
         )
+
+
+# An H100 has the same number of multiprocessors, of the same kind.
+HOPPER = Kernels(load("h200"))
+# Few blocks that take many turns, short units and many of them, for the tests.
+INTERPRETED = Kernels(
+    replace(
+        HOPPER.sizes,
+        num_sms=2,
+        decode=replace(HOPPER.sizes.decode, tiles_per_unit=3, most_units=3),
+    ),
+    is_interpreted=True,
+)

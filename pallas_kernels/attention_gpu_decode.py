@@ -248,18 +248,27 @@ def _consume(g: Geometry, blocks: int, inputs: Inputs, parts: Parts, smem: Scrat
         def tile(step: jax.Array, state: Any) -> Any:
             i = u.first + CONSUMERS * step + me
             stage = _stage(g, me, done + step)
-            v = smem.v.at[stage]
+            v, v_ready = smem.v.at[stage], smem.v_ready.at[stage]
+            begin = i * g.keys
+            is_boundary = (begin < start) | (begin + g.keys > end)
+
+            # Before the scores take registers.
+            @pl.when(is_boundary)
+            def _() -> None:
+                plgpu.barrier_wait(v_ready)
+                clear_outside(v, begin, start, end, g)
+
             plgpu.barrier_wait(smem.k_ready.at[stage])
             x = scores(smem.q.at[slot], smem.k.at[stage], g)
-            position = key_positions(i * g.keys, g)
-            x = jnp.where((position >= start) & (position < end), x, HIDDEN)
+
+            def mask(x: jax.Array) -> jax.Array:
+                position = key_positions(begin, g)
+                return jnp.where((position >= start) & (position < end), x, HIDDEN)
+
+            x = lax.cond(is_boundary, mask, lambda x: x, x)
 
             def ready() -> None:
-                plgpu.barrier_wait(smem.v_ready.at[stage])
-
-                @pl.when((i * g.keys < start) | (i * g.keys + g.keys > end))
-                def _() -> None:
-                    clear_outside(v, i * g.keys, start, end, g)
+                pl.when(~is_boundary)(lambda: plgpu.barrier_wait(v_ready))
 
             weights = None if smem.weights is None else smem.weights.at[me]
             state = attend(state, x, ValueTile(v, ready, weights), g)

@@ -181,8 +181,11 @@ def clear_outside(
     keys, columns = v.shape[0], store_columns(g)
     position = plgpu.broadcasted_iota(jnp.int32, (keys, columns), 0, layout=TILE) + first
     inside = (position >= start) & (position < end)
-    for at in range(0, g.value_dim, columns):  # few registers at a time
-        piece = v.at[:, pl.ds(at, columns)]
+
+    @pl.loop(0, g.value_dim // columns)  # few registers at a time
+    def _(i: jax.Array) -> None:
+        piece = v.at[:, pl.ds(i * columns, columns)]
         kept = plgpu.load(piece, layout=TILE)
         piece[...] = jnp.where(inside, kept, jnp.zeros_like(kept))
+
     plgpu.commit_smem()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ..cpu_kernels import ops
 from ..cpu_kernels.library import Library, Missing
 from ..cpu_kernels.library import load as cpu_library
-from . import attention_cpu, attention_jnp, reference
+from . import attention_cpu, attention_gpu, attention_jnp, reference
 from .checks import (
     QUERIES_PER_ITEM,
     AttentionBatch,
@@ -36,7 +36,8 @@ class Implementation:
     """One way to run an op. `platforms` are jax's names; the first listed that fits is taken.
 
     attend: all of Ops.attend in one call, where there is such a kernel. serves: None where every
-    shape is served. queries_per_item: the largest work item it takes.
+    shape is served. queries_per_item: the largest work item it takes. is_for_tests: taken only by
+    name.
     """
 
     name: str
@@ -47,9 +48,23 @@ class Implementation:
     needs_library: bool = False
     serves: Callable[[AttentionShape], bool] | None = None
     queries_per_item: Callable[[AttentionShape], int] = lambda shape: QUERIES_PER_ITEM
+    is_for_tests: bool = False
+
+
+def _mosaic(name: str, platform: str, kernels: attention_gpu.Kernels) -> Implementation:
+    return Implementation(
+        name,
+        (platform,),
+        kernels.run,
+        kernels.plan,
+        serves=kernels.serves,
+        queries_per_item=kernels.queries_per_item,
+        is_for_tests=kernels.is_interpreted,
+    )
 
 
 PAGED_ATTENTION = (
+    _mosaic("mosaic", "cuda", attention_gpu.HOPPER),
     Implementation(
         "native",
         ("cpu",),
@@ -59,6 +74,7 @@ PAGED_ATTENTION = (
     ),
     Implementation("jnp", ("cpu", "cuda"), attention_jnp.paged_attention, attention_jnp.plan),
     Implementation("reference", ("cpu", "cuda"), reference.paged_attention),
+    _mosaic("mosaic-interpreted", "cpu", attention_gpu.INTERPRETED),
 )
 # Dtypes of weights that the C++ kernels multiply.
 NATIVE_LINEAR_DTYPES = (jnp.bfloat16, jnp.float32)
@@ -132,7 +148,7 @@ def choose(
         i
         for i in PAGED_ATTENTION
         if platform in i.platforms
-        and attention in (None, i.name)
+        and (attention == i.name if attention else not i.is_for_tests)
         and (has_library or not i.needs_library)
         and (i.serves is None or (shape is not None and i.serves(shape)))
     ]

@@ -19,6 +19,7 @@ from quire.pallas_kernels.checks import AttentionBatch, KVPages
 from quire.pallas_kernels.registry import PAGED_ATTENTION, cpu_library
 
 from .paged_inputs import (
+    SEEDS,
     Case,
     Row,
     assert_close,
@@ -61,7 +62,6 @@ def compiled(case: Case, name: str) -> Any:
     return jax.jit(call)
 
 
-SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=12, deadline=None)
 
 
