@@ -90,20 +90,16 @@ class DenseWeight:
         residual: jax.Array | None = None,
         count: jax.Array | None = None,
     ) -> jax.Array:
-        y = _biased(self._dot(_normed(x, norm)), bias)
+        y = _biased(self._dot(normed(x, norm)), bias)
         return y if residual is None else residual + y
 
     def exact_product(
         self, x: jax.Array, bias: jax.Array | None, norm: Norm, count: jax.Array
     ) -> jax.Array:
-        x, dtype = _normed(x, norm), self.w.dtype
+        x, dtype = normed(x, norm), self.w.dtype
         if dtype != jnp.bfloat16:
             return _biased(self._dot(x), bias)
-        # x goes in as two rows, its rounded value and what rounding left: the weight is read once.
-        # Selected, not concatenated: on a GPU that is one kernel with the norm.
-        is_rest = jnp.arange(2)[:, None, None] == 1
-        high = x.astype(dtype).astype(jnp.float32)
-        both = self._dot(jnp.where(is_rest, x - high, high).astype(dtype).reshape(-1, x.shape[1]))
+        both = self._dot(high_and_rest(x, dtype))  # the weight is read once
         return _biased(both[: x.shape[0]] + both[x.shape[0] :], bias)
 
     def gated_mlp(
@@ -116,12 +112,15 @@ class DenseWeight:
         count: jax.Array,
         model_axis: str | None,
     ) -> jax.Array:
+        return linear_sum(self.gated(x, bias, norm), down, down_bias, x, count, model_axis)
+
+    def gated(self, x: jax.Array, bias: jax.Array | None, norm: Norm) -> jax.Array:
+        """f32[tokens, out / 2]: silu(gate) * up of norm(x)."""
         gate, up = jnp.split(self.product(x, bias, norm=norm), 2, axis=-1)
-        return linear_sum(jax.nn.silu(gate) * up, down, down_bias, x, count, model_axis)
+        return jax.nn.silu(gate) * up
 
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = self._dot(x)
-        return argmax(y), (~jnp.isfinite(y).all(-1)).astype(jnp.int32)
+        return highest(self._dot(x))
 
     def rows(self, ids: jax.Array) -> jax.Array:
         return self.w.at[ids].get(mode="fill", fill_value=0).astype(jnp.float32)
@@ -156,8 +155,21 @@ def linear_sum(
     return residual + _biased(lax.psum(weight.product(x, None, count=count), model_axis), bias)
 
 
-def _normed(x: jax.Array, norm: Norm | None) -> jax.Array:
+def normed(x: jax.Array, norm: Norm | None) -> jax.Array:
     return x if norm is None else rms_norm(x, norm.weight, norm.epsilon)
+
+
+def high_and_rest(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[2 * tokens, in] from f32[tokens, in]: x rounded to dtype, then what rounding left."""
+    # Selected, not concatenated: on a GPU that is one kernel with the norm.
+    is_rest = jnp.arange(2)[:, None, None] == 1
+    high = x.astype(dtype).astype(jnp.float32)
+    return jnp.where(is_rest, x - high, high).astype(dtype).reshape(-1, x.shape[1])
+
+
+def highest(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Matrix.highest of the outputs y, f32[tokens, out]."""
+    return argmax(y), (~jnp.isfinite(y).all(-1)).astype(jnp.int32)
 
 
 def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:

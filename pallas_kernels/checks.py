@@ -86,6 +86,19 @@ class PlannedBatch(NamedTuple):
     plan: Any  # a pytree of the implementation's own; None if it needs none
 
 
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a product makes of its sums. Hashable: it is a static argument of a layer.
+
+    is_gated: the first half of the rows of W are gates, the rest ups; the result is silu(gate) * up
+    in W's dtype. is_exact: x comes as two arrays in W's dtype, its rounded values and what rounding
+    left.
+    """
+
+    is_gated: bool = False
+    is_exact: bool = False
+
+
 # The axis of each array of the batch; page_table has its own rule.
 _AXIS_BY_FIELD = {
     "attend_from": "tokens", "attend_to": "tokens", "token_row": "tokens",
@@ -182,3 +195,32 @@ def check_paged_attention(
             _require(array.shape == shape, f"{name} must be i32{list(shape)}, got {array.shape}")
         _require(array.dtype == jnp.int32, f"{name} must be i32, got {array.dtype}")
     _require(page_size > 0 and kv.k.shape[0] > 1, "the cache needs the null page and one more")
+
+
+def check_linear(
+    x: jax.Array,  # [tokens, in]; exact: [2 * tokens, in]
+    w: jax.Array,  # [out, in]
+    bias: jax.Array | None,  # [out]
+    residual: jax.Array | None,  # f32[tokens, out]
+    spec: LinearSpec,
+) -> None:
+    """Raise ContractError, naming the rule and the shapes, unless the arguments fit together."""
+    _require(
+        x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype,
+        f"x [tokens, in] and w [out, in] must fit, got {x.dtype}{x.shape}, {w.dtype}{w.shape}",
+    )
+    outputs = w.shape[0]
+    tokens, rest = divmod(x.shape[0], 2 if spec.is_exact else 1)
+    _require(not rest, f"x must be [2 * tokens, in] where it is exact, got {x.shape}")
+    _require(
+        not (spec.is_gated and (spec.is_exact or residual is not None or outputs % 2)),
+        f"a gated product has an even number of outputs, and neither a residual nor two parts of x,"
+        f" got {outputs} outputs and {spec}",
+    )
+    if bias is not None:
+        _require(bias.shape == (outputs,), f"bias must be [{outputs}], got {bias.shape}")
+    if residual is not None:
+        _require(
+            residual.shape == (tokens, outputs) and residual.dtype == jnp.float32,
+            f"residual must be f32[{tokens}, {outputs}], got {residual.dtype}{residual.shape}",
+        )

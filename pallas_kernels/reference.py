@@ -6,7 +6,7 @@ Written to be read, not to be run on long contexts: every query gathers its row'
 import jax
 import jax.numpy as jnp
 
-from .checks import AttentionBatch, AttentionSpec, KVPages
+from .checks import AttentionBatch, AttentionSpec, KVPages, LinearSpec
 
 
 def write_kv(
@@ -83,3 +83,25 @@ def paged_attention(
     v = jnp.where(visible[:, None, :, None], v, 0.0)
     out = jnp.einsum("tkgc,tkcv->tkgv", weights, v) / jnp.where(total == 0, 1.0, total)
     return out.reshape(tokens, heads, -1).astype(q.dtype), kv
+
+
+def linear(
+    x: jax.Array,  # [tokens, in]; exact: [2 * tokens, in], high parts first
+    w: jax.Array,  # [out, in], in x's dtype
+    bias: jax.Array | None,  # [out]
+    residual: jax.Array | None,  # f32[tokens, out]
+    spec: LinearSpec,
+) -> jax.Array:
+    """f32[tokens, out]: residual + x W^T + bias; gated: [tokens, out / 2] in W's dtype, silu of the
+    first half times the second (Shazeer 2020, section 2).
+    """
+    y = x.astype(jnp.float32) @ w.astype(jnp.float32).T
+    if spec.is_exact:
+        high, rest = jnp.split(y, 2)
+        y = high + rest
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    if spec.is_gated:
+        gate, up = jnp.split(y, 2, axis=-1)
+        return (jax.nn.silu(gate) * up).astype(w.dtype)
+    return y if residual is None else residual + y

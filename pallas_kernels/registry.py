@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ..cpu_kernels import ops
 from ..cpu_kernels.library import Library, Missing
 from ..cpu_kernels.library import load as cpu_library
-from . import attention_cpu, attention_gpu, attention_jnp, reference
+from . import attention_cpu, attention_gpu, attention_jnp, linear_gpu, reference
 from .checks import (
     QUERIES_PER_ITEM,
     AttentionBatch,
@@ -36,8 +36,8 @@ class Implementation:
     """One way to run an op. `platforms` are jax's names; the first listed that fits is taken.
 
     attend: all of Ops.attend in one call, where there is such a kernel. serves: None where every
-    shape is served. queries_per_item: the largest work item it takes. is_for_tests: taken only by
-    name.
+    shape is served. queries_per_item: the largest work item it takes. only_by_name: never taken by
+    itself.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Implementation:
     needs_library: bool = False
     serves: Callable[[AttentionShape], bool] | None = None
     queries_per_item: Callable[[AttentionShape], int] = lambda shape: QUERIES_PER_ITEM
-    is_for_tests: bool = False
+    only_by_name: bool = False
 
 
 def _mosaic(name: str, platform: str, kernels: attention_gpu.Kernels) -> Implementation:
@@ -59,7 +59,7 @@ def _mosaic(name: str, platform: str, kernels: attention_gpu.Kernels) -> Impleme
         kernels.plan,
         serves=kernels.serves,
         queries_per_item=kernels.queries_per_item,
-        is_for_tests=kernels.is_interpreted,
+        only_by_name=kernels.is_interpreted,
     )
 
 
@@ -76,26 +76,60 @@ PAGED_ATTENTION = (
     Implementation("reference", ("cpu", "cuda"), reference.paged_attention),
     _mosaic("mosaic-interpreted", "cpu", attention_gpu.INTERPRETED),
 )
-# Dtypes of weights that the C++ kernels multiply.
-NATIVE_LINEAR_DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What multiplies with weights; the first listed that fits is taken.
+
+    dtypes: of the weights; None: all. kernel: of few tokens, where the form of the weights is that
+    of checkpoints; None: there is none, or the name says more. only_by_name: never taken by itself.
+    """
+
+    name: str
+    platforms: tuple[str, ...]
+    dtypes: tuple[Any, ...] | None = None
+    kernel: linear_gpu.Kernel | None = None
+    needs_library: bool = False
+    only_by_name: bool = False
+
+    def fits(self, platform: str, name: str | None, dtype: Any, *, has_library: bool) -> bool:
+        return (
+            platform in self.platforms
+            and (name == self.name or (name is None and not self.only_by_name))
+            and (self.dtypes is None or jnp.dtype(dtype) in [jnp.dtype(d) for d in self.dtypes])
+            and (has_library or not self.needs_library)
+        )
+
+
+_SIZES = linear_gpu.load_sizes("h200")
+LINEAR = (
+    Linear("native", ("cpu",), (jnp.bfloat16, jnp.float32), needs_library=True),
+    Linear("mosaic", ("cuda",), linear_gpu.DTYPES, linear_gpu.Kernel(_SIZES)),
+    Linear("xla", ("cpu", "cuda")),
+    Linear(
+        "mosaic-interpreted",
+        ("cpu",),
+        linear_gpu.DTYPES,
+        linear_gpu.Kernel(_SIZES, is_interpreted=True),
+        only_by_name=True,
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The chosen implementation of every op. Hashable: a static argument of the layers.
-
-    linear: "native", weights are packed for the C++ kernels, or "xla", they are kept as they are.
-    """
+    """The chosen implementation of every op. Hashable: a static argument of the layers."""
 
     attention: Implementation
-    linear: str = "xla"
+    linear: Linear
     queries_per_item: int = QUERIES_PER_ITEM
     group: int = 1  # query heads of a kv head, if the model is known
 
     @property
     def is_padding_free(self) -> bool:
         """Whether padded tokens are skipped, not computed and dropped."""
-        return self.linear == "native" and self.attention.name == "native"
+        return self.linear.name == "native" and self.attention.name == "native"
 
     def plan_attention(self, batch: AttentionBatch, page_size: int) -> PlannedBatch:
         """What the layers' calls have in common, computed once a step."""
@@ -128,18 +162,20 @@ class Ops:
 
     def names(self) -> dict[str, str]:
         """Op name -> implementation name, for the log and `quire env`."""
-        return {"paged_attention": self.attention.name, "linear": self.linear}
+        return {"paged_attention": self.attention.name, "linear": self.linear.name}
 
 
 def choose(
     platform: str,
     *,
     attention: str | None = None,
+    linear: str | None = None,
     dtype: Any = jnp.float32,
     shape: AttentionShape | None = None,
 ) -> Ops:
     """The ops for a platform, weights of `dtype` and a model's attention; without its shape only
-    those that serve every shape. `attention` picks an implementation by name (tests, debugging).
+    those that serve every shape. `attention` and `linear` pick an implementation by name (tests,
+    debugging).
 
     Raises LookupError naming what there is.
     """
@@ -148,7 +184,7 @@ def choose(
         i
         for i in PAGED_ATTENTION
         if platform in i.platforms
-        and (attention == i.name if attention else not i.is_for_tests)
+        and (attention == i.name if attention else not i.only_by_name)
         and (has_library or not i.needs_library)
         and (i.serves is None or (shape is not None and i.serves(shape)))
     ]
@@ -158,8 +194,14 @@ def choose(
         raise LookupError(
             f"no paged_attention named {attention!r} for {platform!r}{served}; there are {known}"
         )
-    is_native = has_library and jnp.dtype(dtype) in [jnp.dtype(d) for d in NATIVE_LINEAR_DTYPES]
-    chosen, linear = fitting[0], "native" if is_native else "xla"
+    products = [i for i in LINEAR if i.fits(platform, linear, dtype, has_library=has_library)]
+    if not products:
+        known = ", ".join(f"{i.name} ({'/'.join(i.platforms)})" for i in LINEAR)
+        raise LookupError(
+            f"no linear named {linear!r} for {platform!r} and {jnp.dtype(dtype)} weights; there "
+            f"are {known}"
+        )
+    chosen, product = fitting[0], products[0]
     if shape is None:
-        return Ops(chosen, linear)
-    return Ops(chosen, linear, chosen.queries_per_item(shape), shape.heads // shape.kv_heads)
+        return Ops(chosen, product)
+    return Ops(chosen, product, chosen.queries_per_item(shape), shape.heads // shape.kv_heads)

@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
+import jax.numpy as jnp
 
 from .. import __version__
 from ..engine.compiler import default_cache_dir
@@ -26,7 +27,8 @@ def describe() -> dict[str, str]:
     backend = jax.default_backend()
     memory = host_memory()
     try:
-        ops = choose("cuda" if backend == "gpu" else backend).names()
+        # As for most models; `quire serve` says what its own model gets.
+        ops = choose("cuda" if backend == "gpu" else backend, dtype=jnp.bfloat16).names()
     except LookupError as error:
         raise ConfigError(str(error)) from error
     return {

@@ -5,15 +5,21 @@ from typing import Any
 
 import numpy as np
 
+from ...pallas_kernels.linear_gpu import Kernel
+from ..dense_gpu import GpuWeight
 from ..linear import DenseWeight
 from ..param import Kind, Param
 
 
 @dataclass(frozen=True)
 class Plain:
-    """The format of unquantized checkpoints: a Param is one array of `dtype`."""
+    """The format of unquantized checkpoints: a Param is one array of `dtype`.
+
+    kernel: what multiplies with few tokens; XLA, if there is none.
+    """
 
     dtype: np.dtype
+    kernel: Kernel | None = None
 
     def shape(self, param: Param) -> tuple[int, ...]:
         """Of the array that holds it."""
@@ -24,5 +30,9 @@ class Plain:
         array[...] = values
 
     def wrap(self, param: Param, array: Any) -> Any:
-        """What the layers read: a DenseWeight for a matrix, the array itself for the rest."""
-        return array if param.kind is Kind.VECTOR else DenseWeight(array)
+        """What the layers read: a Matrix, or the array itself for a vector."""
+        if param.kind is Kind.VECTOR:
+            return array
+        if self.kernel is None or param.kind is Kind.EMBEDDING:
+            return DenseWeight(array)
+        return GpuWeight(array, self.kernel)

@@ -25,4 +25,4 @@ class WeightFormat(Protocol):
 
 def choose_format(dtype: np.dtype, ops: Ops) -> WeightFormat:
     """The format for unquantized weights of `dtype`."""
-    return Packed(dtype) if ops.linear == "native" else Plain(dtype)
+    return Packed(dtype) if ops.linear.name == "native" else Plain(dtype, ops.linear.kernel)

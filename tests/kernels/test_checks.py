@@ -16,7 +16,7 @@ from quire.pallas_kernels.checks import (
     PlannedBatch,
     check_paged_attention,
 )
-from quire.pallas_kernels.registry import Implementation, Ops, choose
+from quire.pallas_kernels.registry import Implementation, Linear, Ops, choose
 
 TOKENS, ROWS, WIDTH, ITEMS, HEADS = 6, 3, 5, 4, 4
 
@@ -127,7 +127,8 @@ def test_a_broken_contract_is_refused_with_its_rule(changes: dict[str, Any], mes
 
 
 def test_dispatch_checks_before_it_runs():
-    ops = Ops(Implementation("never", ("cpu",), lambda *_: pytest.fail("it ran")))
+    never = Implementation("never", ("cpu",), lambda *_: pytest.fail("it ran"))
+    ops = Ops(never, Linear("never", ("cpu",)))
     given = arguments()
     step = PlannedBatch(given["batch"], None)
     for columns, rule in (
@@ -148,6 +149,17 @@ def test_choose_takes_the_first_that_fits_and_names_the_rest():
     )
     with pytest.raises(LookupError, match=message):
         choose("cpu", attention="fast")
+
+
+def test_weights_are_multiplied_by_the_first_that_takes_their_dtype():
+    assert choose("cuda").linear.name == "xla"  # float32
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert choose("cuda", dtype=dtype).linear.name == "mosaic"
+        assert choose("cpu", linear="mosaic-interpreted", dtype=dtype).linear.kernel is not None
+        assert choose("cpu", dtype=dtype).linear.kernel is None
+    assert choose("cuda", linear="xla", dtype=jnp.bfloat16).linear.kernel is None
+    with pytest.raises(LookupError, match="no linear named 'mosaic' for 'cpu' and float32 weights"):
+        choose("cpu", linear="mosaic")
 
 
 def test_a_shape_that_is_not_served_falls_to_the_next(monkeypatch: pytest.MonkeyPatch):
