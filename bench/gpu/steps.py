@@ -160,7 +160,6 @@ def _pages_per_row(model: Model, context: int) -> int:
 
 def running_requests(model: Model, batch: int, context: int) -> list[Request]:
     """Requests whose first `context` tokens count as computed, in pages of their own."""
-    page_size = model.builder.sizes.page_size
     per_row = _pages_per_row(model, context)
     vocab = model.runner.lowering.vocab
     requests = []
