@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,7 @@ class Builder:
             raise ConfigError(str(error)) from error
         if sizes.platform == "cpu" and mesh.size > 1:
             # The C++ kernels serve one device.
-            ops = registry.choose("cpu", attention="jnp", dtype=files.dtype)
-            self.ops = replace(ops, linear="xla")
+            self.ops = registry.choose("cpu", attention="jnp", linear="xla", dtype=files.dtype)
         self.format = choose_format(files.dtype, self.ops)
 
     def _attention_shape(self) -> AttentionShape:
