@@ -125,15 +125,15 @@ def longest_context(
     return lengths[num_fitting - 1] if num_fitting else 0
 
 
-def gpu_kv_budget(total: int, utilization: float, weights: int, workspace: int) -> int:
-    """What the weights and the hungriest program leave of the share of a GPU that may be used."""
-    budget = int(total * utilization) - weights - workspace
+def gpu_kv_budget(limit: int, weights: int, rows: int, workspace: int) -> int:
+    """What the rest leaves of the bytes that may be used on each GPU."""
+    budget = limit - weights - rows - workspace
     if budget <= 0:
         raise MemoryPlanError(
-            f"weights ({memory.format_bytes(weights)}) and workspace "
-            f"({memory.format_bytes(workspace)}) leave nothing of "
-            f"{memory.format_bytes(int(total * utilization))} for the KV cache; raise "
-            "gpu_memory_utilization, or lower max_num_batched_tokens"
+            f"weights ({memory.format_bytes(weights)}), rows ({memory.format_bytes(rows)}) and "
+            f"workspace ({memory.format_bytes(workspace)}) leave nothing of "
+            f"{memory.format_bytes(limit)} for the KV cache; raise gpu_memory_utilization or "
+            "tensor_parallel_size, or lower max_num_batched_tokens"
         )
     return budget
 

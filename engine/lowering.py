@@ -55,7 +55,7 @@ class Lowering:
         self.num_pages = num_pages
         self.num_logprobs = num_logprobs
         self.options = compiler_options(mesh.devices.flat[0].platform)
-        self._mesh = mesh
+        self.mesh = mesh
         self._format = weight_format
         self._kv_dtype = kv_dtype
         self._num_shards = mesh.shape[MODEL]
@@ -95,7 +95,7 @@ class Lowering:
     def _abstract(
         self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = _REPLICATED
     ) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
     def _placed(self, tree: Any, specs: Any) -> Any:
         return jax.tree.map(lambda a, spec: self._abstract(a.shape, a.dtype, spec), tree, specs)
@@ -132,7 +132,7 @@ class Lowering:
     ) -> Any:
         """Trace `function` as one shard_map over the mesh and lower it."""
         mapped = jax.shard_map(
-            function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
 

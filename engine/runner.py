@@ -49,15 +49,14 @@ class Runner:
         return report
 
     def workspace_bytes(self) -> int:
-        """Scratch memory of the hungriest program."""
+        """Scratch memory and results of the hungriest program."""
         sizes = [e.memory_analysis() for e in self._executables.values()]
-        return max((s.temp_size_in_bytes for s in sizes if s is not None), default=0)
+        return max(map(_workspace, sizes), default=0)
 
     def largest_workspace_bytes(self) -> int:
-        """Scratch memory of the largest forward program, compiled for this question."""
+        """Of the largest forward program, compiled for this question."""
         name = f"forward[{self.buckets.tokens[-1]}]"
-        analysis = self._compiled(self._specs[name].lower).memory_analysis()
-        return 0 if analysis is None else analysis.temp_size_in_bytes
+        return _workspace(self._compiled(self._specs[name].lower).memory_analysis())
 
     def code_bytes(self) -> int:
         """Machine code of all programs, as the compiler counts it."""
@@ -167,8 +166,22 @@ class Runner:
             self._executables[name] = self._compiled(lower)
         return self._executables[name]
 
+    def replace_program(self, name: str, executable: Any) -> Any:
+        """Run another executable under this name from now on; returns the one before. For benches
+        that compare."""
+        before, self._executables[name] = self._program(name), executable
+        return before
+
     def _compiled(self, lower: Callable[[], Any]) -> Any:
         return lower().compile(compiler_options=self.lowering.options)
+
+
+def _workspace(analysis: Any) -> int:
+    """Bytes; those of two steps' results, since the host reads one while the next is made."""
+    if analysis is None:
+        return 0
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return int(analysis.temp_size_in_bytes + 2 * results)
 
 
 def _private(array: Any) -> Any:

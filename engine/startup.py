@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from ..layers.checkpoint import CheckpointError
@@ -26,7 +25,7 @@ from ..layers.quantization.registry import choose_format
 from ..layers.weights import dummy_weights, load_weights, weight_bytes
 from ..pallas_kernels import registry
 from ..pallas_kernels.checks import AttentionShape
-from . import memory
+from . import gpu_memory, memory
 from .buckets import Buckets, plan_buckets
 from .compiler import CompileReport, default_cache_dir, open_cache, return_freed_memory
 from .config import EngineConfig
@@ -76,11 +75,15 @@ def start_engine(
     """
     given = config.cache_dir
     cache = open_cache(Path(os.path.expanduser(given)) if given else default_cache_dir())
+    for line in gpu_memory.reserve(config.gpu_memory_utilization, config.tensor_parallel_size):
+        say(line)
     mesh = open_mesh(config.tensor_parallel_size)
     files = open_model(config)
     require_divisible(files.info.model, config.tensor_parallel_size)
     say(files.line())
     sizes = Sizes.resolve(config)
+    if sizes.platform == "cuda" and (note := gpu_memory.note(config.gpu_memory_utilization)):
+        say(note)
     bar = _bar if progress is None else partial(_Told, progress)
     build = Builder(config, files, sizes, mesh)
     kv_plan = plan_kv(config, files, build.layout, sizes, cache, build.kv_budget)
@@ -116,6 +119,8 @@ def start_engine(
     runner.allocate()
     if not config.lazy_compile:
         runner.warm_up()
+    if sizes.platform == "cuda":
+        say(gpu_memory.in_use(plan.used))
     return_freed_memory()
     scheduler = build.scheduler(kv_plan, secret or secrets.token_bytes(32))
     core = EngineCore(runner, scheduler, eos_ids=files.eos_ids, depth=depth)
@@ -131,15 +136,18 @@ class Builder:
         self.sizes = sizes
         self.mesh = mesh
         self.layout: KVLayout = plan_layout(files.info.model.kv_specs(), mesh.size)
+        # The C++ kernels serve one device.
+        is_divided_cpu = sizes.platform == "cpu" and mesh.size > 1
         try:
             self.ops = registry.choose(
-                sizes.platform, dtype=files.dtype, shape=self._attention_shape()
+                sizes.platform,
+                attention="jnp" if is_divided_cpu else None,
+                linear="xla" if is_divided_cpu else None,
+                dtype=files.dtype,
+                shape=self._attention_shape(),
             )
         except LookupError as error:
             raise ConfigError(str(error)) from error
-        if sizes.platform == "cpu" and mesh.size > 1:
-            # The C++ kernels serve one device.
-            self.ops = registry.choose("cpu", attention="jnp", linear="xla", dtype=files.dtype)
         self.format = choose_format(files.dtype, self.ops)
 
     def _attention_shape(self) -> AttentionShape:
@@ -225,10 +233,15 @@ class Builder:
             return memory.cpu_kv_budget(memory.host_memory()) // self.mesh.size
         max_model_len, _ = wanted_context(self.config, self.files)
         provisional = KVPlan(2, max_model_len, table_width(max_model_len, self.sizes.page_size))
-        workspace = self.runner(provisional).largest_workspace_bytes()
-        total = jax.devices()[0].memory_stats()["bytes_limit"]
-        share = self.config.gpu_memory_utilization
-        return gpu_kv_budget(total, share, self.weight_bytes(), workspace)
+        runner = self.runner(provisional)
+        workspace, rows = runner.largest_workspace_bytes(), runner.lowering.row_bytes()
+        return gpu_kv_budget(self.limit(), self.weight_bytes(), rows, workspace)
+
+    def limit(self) -> int:
+        """Bytes that may be used in all, on each device."""
+        if self.sizes.platform == "cpu":
+            return memory.host_memory().total // self.mesh.size
+        return gpu_memory.pool_bytes()
 
     def memory_plan(self, runner: Runner) -> memory.MemoryPlan:
         return memory.MemoryPlan(
@@ -238,7 +251,7 @@ class Builder:
             executables=runner.code_bytes(),
             num_pages=runner.num_pages,
             page_bytes=page_bytes(self.layout, self.sizes.page_size, self.files.kv_dtype),
-            limit=memory.host_memory().total // self.mesh.size,
+            limit=self.limit(),
         )
 
 

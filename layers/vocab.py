@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..pallas_kernels.reductions import argmax, sum_last
+from ..pallas_kernels.reductions import argmax, sum_last, top_k
 
 WORD = 32  # bits of one word of a mask
 
@@ -168,7 +168,7 @@ def first_above(sums: jax.Array, target: jax.Array, parts: jax.Array) -> jax.Arr
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    values, ids = lax.top_k(x, k)
+    values, ids = top_k(x, k)
     # A barrier, or XLA sorts all of x for whoever reads a part of these.
     return lax.optimization_barrier((values, ids))
 

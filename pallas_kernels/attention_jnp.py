@@ -52,7 +52,7 @@ class Plan:
     items: Work | None  # of one row with QUERIES_PER_ITEM queries
 
 
-def plan(batch: AttentionBatch, page_size: int) -> Plan:
+def plan(batch: AttentionBatch, page_size: int, group: int) -> Plan:
     """What every layer of a group needs to know about the step."""
     tokens = batch.attend_from.shape[0]
     if tokens <= MOST_TOKENS_AS_ROWS:

@@ -21,13 +21,13 @@ def write_kv(
     One in-place scatter when the cache is donated.
     """
     at = (batch.write_page, slice(None), batch.write_offset)
-    k = kv.k.at[at].set(_fit(k_new, kv.k.dtype), mode="drop")
+    k = kv.k.at[at].set(fit(k_new, kv.k.dtype), mode="drop")
     if kv.v is None or v_new is None:
         return KVPages(k, None)
-    return KVPages(k, kv.v.at[at].set(_fit(v_new, kv.v.dtype), mode="drop"))
+    return KVPages(k, kv.v.at[at].set(fit(v_new, kv.v.dtype), mode="drop"))
 
 
-def _fit(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def fit(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """x in the cache's dtype; float16 saturates, since infinity would become NaN in the softmax."""
     if dtype == jnp.float16:
         largest = float(jnp.finfo(dtype).max)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ..cpu_kernels import ops
 from ..cpu_kernels.library import Library, Missing
 from ..cpu_kernels.library import load as cpu_library
-from . import attention_cpu, attention_jnp, linear_gpu, reference
+from . import attention_cpu, attention_gpu, attention_jnp, linear_gpu, reference
 from .checks import (
     QUERIES_PER_ITEM,
     AttentionBatch,
@@ -36,20 +36,35 @@ class Implementation:
     """One way to run an op. `platforms` are jax's names; the first listed that fits is taken.
 
     attend: all of Ops.attend in one call, where there is such a kernel. serves: None where every
-    shape is served. queries_per_item: the largest work item it takes.
+    shape is served. queries_per_item: the largest work item it takes. only_by_name: never taken by
+    itself.
     """
 
     name: str
     platforms: tuple[str, ...]
     run: PagedAttention
-    plan: Callable[[AttentionBatch, int], Any] = lambda batch, page_size: None
+    plan: Callable[[AttentionBatch, int, int], Any] = lambda batch, page_size, group: None
     attend: PagedAttention | None = None
     needs_library: bool = False
     serves: Callable[[AttentionShape], bool] | None = None
     queries_per_item: Callable[[AttentionShape], int] = lambda shape: QUERIES_PER_ITEM
+    only_by_name: bool = False
+
+
+def _mosaic(name: str, platform: str, kernels: attention_gpu.Kernels) -> Implementation:
+    return Implementation(
+        name,
+        (platform,),
+        kernels.run,
+        kernels.plan,
+        serves=kernels.serves,
+        queries_per_item=kernels.queries_per_item,
+        only_by_name=kernels.is_interpreted,
+    )
 
 
 PAGED_ATTENTION = (
+    _mosaic("mosaic", "cuda", attention_gpu.HOPPER),
     Implementation(
         "native",
         ("cpu",),
@@ -59,6 +74,7 @@ PAGED_ATTENTION = (
     ),
     Implementation("jnp", ("cpu", "cuda"), attention_jnp.paged_attention, attention_jnp.plan),
     Implementation("reference", ("cpu", "cuda"), reference.paged_attention),
+    _mosaic("mosaic-interpreted", "cpu", attention_gpu.INTERPRETED),
 )
 
 
@@ -108,6 +124,7 @@ class Ops:
     attention: Implementation
     linear: Linear
     queries_per_item: int = QUERIES_PER_ITEM
+    group: int = 1  # query heads of a kv head, if the model is known
 
     @property
     def is_padding_free(self) -> bool:
@@ -116,7 +133,7 @@ class Ops:
 
     def plan_attention(self, batch: AttentionBatch, page_size: int) -> PlannedBatch:
         """What the layers' calls have in common, computed once a step."""
-        return PlannedBatch(batch, self.attention.plan(batch, page_size))
+        return PlannedBatch(batch, self.attention.plan(batch, page_size, self.group))
 
     def attend(
         self,
@@ -167,7 +184,7 @@ def choose(
         i
         for i in PAGED_ATTENTION
         if platform in i.platforms
-        and attention in (None, i.name)
+        and (attention == i.name if attention else not i.only_by_name)
         and (has_library or not i.needs_library)
         and (i.serves is None or (shape is not None and i.serves(shape)))
     ]
@@ -184,9 +201,7 @@ def choose(
             f"no linear named {linear!r} for {platform!r} and {jnp.dtype(dtype)} weights; there "
             f"are {known}"
         )
-    chosen = fitting[0]
-    return Ops(
-        chosen,
-        products[0],
-        QUERIES_PER_ITEM if shape is None else chosen.queries_per_item(shape),
-    )
+    chosen, product = fitting[0], products[0]
+    if shape is None:
+        return Ops(chosen, product)
+    return Ops(chosen, product, chosen.queries_per_item(shape), shape.heads // shape.kv_heads)

@@ -84,6 +84,6 @@ def test_table_is_whole_chunks_of_attention() -> None:
 
 
 def test_gpu_budget_is_what_weights_and_workspace_leave() -> None:
-    assert gpu_kv_budget(100, 0.9, 30, 10) == 50
+    assert gpu_kv_budget(90, 25, 5, 10) == 50
     with pytest.raises(MemoryPlanError, match="leave nothing of 90 B for the KV cache; raise gpu_"):
-        gpu_kv_budget(100, 0.9, 80, 10)
+        gpu_kv_budget(90, 75, 5, 10)

@@ -46,6 +46,8 @@ class Case:
 # Rounding of the output; the arithmetic is f32 everywhere.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-9}
 
+SEEDS = st.integers(0, 2**32 - 1)
+
 
 @dataclass(frozen=True)
 class Row:

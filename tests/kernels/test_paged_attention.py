@@ -19,6 +19,7 @@ from quire.pallas_kernels.checks import AttentionBatch, KVPages
 from quire.pallas_kernels.registry import PAGED_ATTENTION, cpu_library
 
 from .paged_inputs import (
+    SEEDS,
     Case,
     Row,
     assert_close,
@@ -53,7 +54,7 @@ def compiled(case: Case, name: str) -> Any:
         return k.reshape(*k.shape[:2], rows, columns).swapaxes(2, 3).reshape(k.shape)
 
     def call(q: Any, k_new: Any, v_new: Any, kv: KVPages, batch: AttentionBatch, sinks: Any) -> Any:
-        plan = op.plan(batch, case.page_size)
+        plan = op.plan(batch, case.page_size, case.heads // case.kv_heads)
         kv = KVPages(turned(kv.k, case.page_size, case.head_dim), kv.v)
         out, kv = op.run(q, k_new, v_new, kv, batch, plan, case.spec, sinks)
         return out, KVPages(turned(kv.k, case.head_dim, case.page_size), kv.v)
@@ -61,7 +62,6 @@ def compiled(case: Case, name: str) -> Any:
     return jax.jit(call)
 
 
-SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=12, deadline=None)
 
 

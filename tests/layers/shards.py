@@ -1,5 +1,5 @@
 """Functions of logits as programs over all devices there are: one, or several in the process that
-test_sharded_sampling.py starts, where each has a part of the vocabulary.
+test_sharded.py starts, where each has a part of the vocabulary.
 """
 
 from collections.abc import Callable

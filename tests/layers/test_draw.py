@@ -13,10 +13,10 @@ from quire.layers import sampling
 from quire.layers.vocab import Vocabulary
 from scipy.stats import chisquare
 
-from .shards import BY_TOKEN, SAME, on_shards
+from .shards import BY_TOKEN, NUM_SHARDS, SAME, on_shards
 
 SEEDS = st.integers(0, 2**32 - 1)
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=25 if NUM_SHARDS == 1 else 8, deadline=None)
 ROWS = 64
 NO_THRESHOLD = np.full(ROWS, -np.inf, np.float32)
 

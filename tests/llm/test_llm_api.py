@@ -223,5 +223,5 @@ def test_options_of_vllm_are_mapped_idle_or_refused() -> None:
         LLM(quantization="awq")
     with pytest.raises(ConfigError, match="unknown option 'max_model_length'; did you mean max_mo"):
         LLM(max_model_length=5)
-    with pytest.raises(ConfigError, match="tensor_parallel_size = 2 is not available"):
+    with pytest.raises(ConfigError, match="size = 2 needs as many devices and there is 1"):
         LLM(tensor_parallel_size=2)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from quire import LLM, RequestOutput, SamplingParams
@@ -14,6 +13,7 @@ from quire.pallas_kernels.registry import cpu_library
 
 from .engines import Comparison, start
 from .hostile import make_hostile
+from .margins import margin
 
 FAMILY = "llama31_scaled_rope"
 NUM_TOKENS = 24
@@ -76,39 +76,9 @@ def expected(family: str, dtype: str) -> list[tuple[list[int], list[float]]]:
             logits = [
                 np.array([p[t].logprob for t in range(len(p))]) for p in answer.logprobs or ()
             ]
-            margins = [_margin(row, tokens[:i], tokens[i], wanted) for i, row in enumerate(logits)]
+            margins = [margin(row, tokens[:i], tokens[i], wanted) for i, row in enumerate(logits)]
             result.append((tokens, margins))
     return result
-
-
-def _margin(logits: np.ndarray, output: list[int], token: int, p: SamplingParams) -> float:
-    """Distance of a decision from another one: between the two best logits, or between the uniform
-    and the nearer end of the token's interval of the distribution that is drawn from.
-    """
-    x = logits.astype(np.float64).copy()
-    if p.repetition_penalty != 1:
-        # Logprobs are logits up to a constant, which the penalty is not blind to. Without a margin
-        # these steps may differ only within the 5 % that need not be compared.
-        return 0.0
-    x[np.unique(output).astype(int)] -= p.presence_penalty
-    if p.temperature == 0:
-        best = np.sort(x)[::-1]
-        return float(best[0] - best[1])
-    x = x / p.temperature
-    x[x < x.max() + np.log(p.min_p or 1e-300)] = -np.inf
-    if p.top_k:
-        x[x < np.sort(x)[-p.top_k]] = -np.inf
-    weights = np.exp(x - x.max())
-    if p.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        before = np.cumsum(weights[order]) - weights[order]
-        weights[order[before >= p.top_p * weights.sum()]] = 0
-    ends = np.cumsum(weights) / weights.sum()
-    key = jax.random.fold_in(jax.random.wrap_key_data(np.array([0, p.seed], np.uint32)), 0)
-    uniform = float(jax.random.uniform(jax.random.fold_in(key, len(output))))
-    start = ends[token] - weights[token] / weights.sum()
-    assert start - 1e-4 <= uniform <= ends[token] + 1e-4, "the oracle draws another token"
-    return min(abs(uniform - start), abs(ends[token] - uniform))
 
 
 def check_same(outputs: list[RequestOutput], family: str = FAMILY, dtype: str = "float32") -> None:

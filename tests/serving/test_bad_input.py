@@ -107,7 +107,7 @@ def test_folder_that_cannot_be_run(
         (["--prompt", "x", "--top-p", "1.5"], "top_p must be"),
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens must be"),
         (["--prompt", "x", "--chat-template", "nowhere"], "neither a file nor a Jinja template"),
-        (["--prompt", "x", "--tensor-parallel-size", "2"], "is not available"),
+        (["--prompt", "x", "--tensor-parallel-size", "2"], "and there is 1 (cpu)"),
         (
             ["--prompt", "x", "--max-model-len", "2048", "--kv-cache-memory-bytes", "100000"],
             "raise kv_cache_memory_bytes",

@@ -170,7 +170,7 @@ def test_an_unusable_model_is_one_line_and_exit_code_2(
         (["--temperature", "3"], "quire: temperature must be a number from 0 (greedy) to 2"),
         (["--max-model-len", "4096"], "quire: max_model_len = 4096 is over the model's 2048"),
         (["--page-size", "3"], "quire: page_size must be a power of two, got 3"),
-        (["--tensor-parallel-size", "2"], "quire: tensor_parallel_size = 2 is not available"),
+        (["--tensor-parallel-size", "2"], "quire: tensor_parallel_size = 2 needs as many devices"),
         (["--token-buckets", "0,8"], "quire: token_buckets must be at least "),  # 2 without kernels
         (["--dtype", "auto", "--chat-template", "none"], "quire: chat_template 'none' is neither"),
         (["--kv-cache-memory-bytes", "10"], "quire: one sequence of max_model_len = 32 tokens"),

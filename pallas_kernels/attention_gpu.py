@@ -1,0 +1,158 @@
+"""Ragged paged attention on Hopper GPUs: which shapes its kernels serve, the plan, and the op.
+
+The kernels are Pallas Mosaic GPU, whose import takes a second: only who runs them pays it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from .attention_gpu_plan import Items, Units, plan_items, plan_units
+from .checks import AttentionBatch, AttentionShape, AttentionSpec, KVPages
+from .reference import fit, write_kv
+from .tuning import Sizes, load
+
+if TYPE_CHECKING:
+    from .attention_gpu_tile import Geometry
+
+PAGE_SIZES = (16, 32, 64)
+DTYPES = (jnp.bfloat16, jnp.float16)
+# Rows of a tile: queries of a work item times the heads of a group.
+_TILE_ROWS, _TILES_PER_ITEM = 64, 2
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    units: Units
+    items: Items | None  # None where no step of this size has any
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The implementation for one device. is_interpreted: run on CPU, for tests."""
+
+    sizes: Sizes
+    is_interpreted: bool = False
+
+    def serves(self, shape: AttentionShape) -> bool:
+        """Heads of whole 32-byte sectors in 16-bit numbers, pages that fill a tile of keys."""
+        dims = (shape.head_dim, shape.value_dim)
+        return (
+            shape.page_size in PAGE_SIZES
+            and jnp.dtype(shape.kv_dtype) in [jnp.dtype(d) for d in DTYPES]
+            and shape.heads % shape.kv_heads == 0
+            and shape.heads // shape.kv_heads <= 32
+            and all(dim is not None and dim % 16 == 0 and 16 <= dim <= 256 for dim in dims)
+        )
+
+    def queries_per_item(self, shape: AttentionShape) -> int:
+        """A work item fills two tiles with whole queries."""
+        return _TILES_PER_ITEM * (_TILE_ROWS // (shape.heads // shape.kv_heads))
+
+    def plan(self, batch: AttentionBatch, page_size: int, group: int) -> Plan:
+        """What every layer of a group needs to know about the step."""
+        sizes = self.sizes.decode
+        units = plan_units(batch, sizes.keys, sizes.tiles_per_unit, sizes.most_units)
+        if not batch.item_row.shape[0]:
+            return Plan(units, None)
+        return Plan(units, plan_items(batch, group, _TILES_PER_ITEM, _TILE_ROWS))
+
+    def run(
+        self,
+        q: jax.Array,  # [tokens, heads, head_dim]
+        k_new: jax.Array,  # [tokens, kv_heads, head_dim]
+        v_new: jax.Array | None,  # [tokens, kv_heads, value_dim]
+        kv: KVPages,
+        batch: AttentionBatch,
+        plan: Plan,
+        spec: AttentionSpec,
+        sinks: jax.Array | None = None,  # f32[heads]
+    ) -> tuple[jax.Array, KVPages]:
+        """Same meaning as reference.paged_attention. q, the weights of the values, and the output
+        of rows with several queries are rounded to the cache's dtype.
+        """
+        kv = write_kv(k_new, v_new, kv, batch)
+        tokens, heads, _ = q.shape
+        q16 = fit(q, kv.k.dtype).reshape(tokens, kv.k.shape[1], -1, q.shape[2])
+        singles = self._attend_singles(q16, kv, batch.page_table, plan.units, spec, sinks)
+        if plan.items is None:
+            return singles.reshape(-1, heads, kv.v.shape[-1]).astype(q.dtype), kv
+        out = self._attend_items(q16, kv, batch.page_table, plan.items, spec, sinks)
+        out = out.reshape(tokens, -1)
+        rows = singles.shape[0]
+        is_single = jnp.arange(rows)[:, None] < batch.num_single
+        mixed = jnp.where(is_single, singles, out[:rows].astype(jnp.float32))
+        out = out.astype(q.dtype).at[:rows].set(mixed.astype(q.dtype))
+        return out.reshape(tokens, heads, -1), kv
+
+    def _attend_singles(
+        self,
+        q: jax.Array,  # [tokens, kv_heads, group, head_dim]
+        kv: KVPages,
+        table: jax.Array,  # i32[rows, width]
+        units: Units,
+        spec: AttentionSpec,
+        sinks: jax.Array | None,
+    ) -> jax.Array:  # f32[rows, heads * value_dim]
+        from . import attention_gpu_decode as decode
+
+        g = decode.geometry(self._geometry(q, kv, spec, self.sizes.decode.keys), self.sizes)
+        # TMA fills shared memory 8 rows at a time.
+        padded = jnp.pad(q[: units.spans.shape[0]], ((0, 0), (0, 0), (0, -g.group % 8), (0, 0)))
+        blocks = self.sizes.num_sms
+        parts = decode.attend_units(padded.swapaxes(0, 1), kv, table, units, g, blocks)
+        return decode.combine(parts, units, sinks, g)
+
+    def _attend_items(
+        self,
+        q: jax.Array,  # [tokens, kv_heads, group, head_dim]
+        kv: KVPages,
+        table: jax.Array,  # i32[rows, width]
+        items: Items,
+        spec: AttentionSpec,
+        sinks: jax.Array | None,
+    ) -> jax.Array:  # [tokens, kv_heads, group, value_dim]
+        from . import attention_gpu_prefill as prefill
+
+        g = prefill.geometry(self._geometry(q, kv, spec, self.sizes.prefill.keys), self.sizes)
+        # TMA cannot start at any query: each tile's are brought together, [items, kv_heads, tiles,
+        # tile_rows, head_dim].
+        tiles = jnp.moveaxis(q[items.tokens], 3, 1)
+        tiles = tiles.reshape(*tiles.shape[:3], -1, g.head_dim)
+        missing = _TILE_ROWS - tiles.shape[3]
+        tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
+        work = prefill.Work(tiles, table, items)
+        return prefill.attend_items(work, kv, sinks, g, q.shape[0], self.sizes.num_sms)
+
+    def _geometry(self, q: jax.Array, kv: KVPages, spec: AttentionSpec, keys: int) -> "Geometry":
+        from .attention_gpu_tile import Geometry
+
+        _, kv_heads, page_size, head_dim = kv.k.shape
+        return Geometry(
+            group=q.shape[2],
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=kv.v.shape[-1],
+            page_size=page_size,
+            keys=keys,
+            dtype=kv.k.dtype,
+            scale=spec.scale,
+            soft_cap=spec.soft_cap,
+            is_interpreted=self.is_interpreted,
+        )
+
+
+# An H100 has the same number of multiprocessors, of the same kind.
+HOPPER = Kernels(load("h200"))
+# Few blocks that take many turns, short units and many of them, for the tests.
+INTERPRETED = Kernels(
+    replace(
+        HOPPER.sizes,
+        num_sms=2,
+        decode=replace(HOPPER.sizes.decode, tiles_per_unit=3, most_units=3),
+    ),
+    is_interpreted=True,
+)
