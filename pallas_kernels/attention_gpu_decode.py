@@ -47,7 +47,7 @@ PARTS_AT_ONCE = 8  # loads in flight: they wait for memory together
 class Inputs(NamedTuple):
     """In device memory."""
 
-    q: Any  # [kv_heads, rows, group, head_dim], the group padded to a multiple of 8
+    q: Any  # [kv_heads, rows or more, group, head_dim], the group padded to a multiple of 8
     k: Any  # [pages, kv_heads, page_size, head_dim]
     v: Any  # [pages, kv_heads, page_size, value_dim]
     table: Any  # i32[rows, width]
@@ -87,7 +87,7 @@ class Unit(NamedTuple):
 
 
 def attend_units(
-    q: jax.Array,  # [kv_heads, rows, group or more, head_dim] in the cache's dtype
+    q: jax.Array,  # [kv_heads, rows or more, group or more, head_dim] in the cache's dtype
     kv: KVPages,
     table: jax.Array,  # i32[rows, width]
     units: Units,

@@ -53,7 +53,7 @@ PRODUCER = TILES  # the last warpgroup
 class Inputs(NamedTuple):
     """In device memory."""
 
-    q: Any  # [items, kv_heads, TILES, ROWS, head_dim]
+    q: Any  # [kv_heads, items, TILES, ROWS, head_dim]
     k: Any  # [pages, kv_heads, page_size, head_dim]
     v: Any  # [pages, kv_heads, page_size, value_dim]
     table: Any  # i32[rows, width]
@@ -114,7 +114,7 @@ def geometry(g: Geometry, sizes: Sizes) -> Geometry:
 class Work(NamedTuple):
     """The arguments of a launch that say what is to be done."""
 
-    q: jax.Array  # [items, kv_heads, TILES, ROWS, head_dim] in the cache's dtype
+    q: jax.Array  # [kv_heads, items, TILES, ROWS, head_dim] in the cache's dtype
     table: jax.Array  # i32[rows, width]
     items: Items
 
@@ -218,7 +218,7 @@ def _produce(g: Geometry, blocks: int, inputs: Inputs, smem: Scratch) -> None:
 
             for t in range(TILES):
                 plgpu.copy_gmem_to_smem(
-                    inputs.q.at[it.index, it.head, t], smem.q.at[t], smem.q_ready
+                    inputs.q.at[it.head, it.index, t], smem.q.at[t], smem.q_ready
                 )
 
         def tile(i: jax.Array, tiles: jax.Array) -> jax.Array:

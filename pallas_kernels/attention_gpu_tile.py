@@ -39,11 +39,11 @@ class Geometry:
     head_dim: int
     value_dim: int
     page_size: int
-    keys: int
     dtype: Any  # of the cache, and of q
     scale: float
     soft_cap: float | None
     is_interpreted: bool
+    keys: int = 0
     stages: int = 0
     q_slots: int = 0
     out_columns: int = 0

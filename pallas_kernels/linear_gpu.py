@@ -32,8 +32,9 @@ class LinearSizes:
     """Of the kernel on one device. measured: whether a run on the device stands behind them.
 
     columns: of a stage, or 64; least_stages: with fewer a tile is not taken; token_cost: what a row
-    of x costs a tile, in rows of W (x comes from the L2 cache, W from memory); overlaps_launch:
-    weights are asked for before the kernel in front has ended.
+    of x costs a tile, in rows of W (x comes from the L2 cache, W from memory); pair_x_rows: from so
+    many rows of x on, two blocks read them together; overlaps_launch: weights are asked for before
+    the kernel in front has ended.
     """
 
     device: str
@@ -45,6 +46,7 @@ class LinearSizes:
     least_stages: int
     most_stages: int
     token_cost: float
+    pair_x_rows: int
     overlaps_launch: bool
 
 
@@ -89,13 +91,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How W is cut: into whole tiles, of which block b multiplies b, b + blocks, ..."""
+    """How W is cut: into whole tiles, of which block b multiplies b, b + blocks, ...
+
+    is_paired: each two blocks are a cluster, and a row of x is read once for both.
+    """
 
     rows: int  # columns of the result in a tile; gated: so many gates and so many ups
     columns: int  # of W in a stage
     stages: int  # in shared memory
     tiles: int
     blocks: int
+    is_paired: bool
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ def choose_tiling(problem: Problem, sizes: LinearSizes) -> Tiling | None:
     most = min(_MOST_OUTPUTS // matrices, _MOST_SUMS * _THREADS // sums, problem.width)
 
     def cost(tiling: Tiling) -> float:
-        work = tiling.rows * matrices + sizes.token_cost * problem.x_rows
+        readers = 2 if tiling.is_paired else 1
+        work = tiling.rows * matrices + sizes.token_cost * problem.x_rows / readers
         return -(-tiling.tiles // tiling.blocks) * work
 
     sizes_of_tiles = [r for r in range(ROW_STEP, most + 1, ROW_STEP) if problem.width % r == 0]
@@ -167,7 +174,11 @@ def _tiling(problem: Problem, sizes: LinearSizes, rows: int) -> Tiling | None:
         stage_bytes = (problem.left_rows + matrices * rows) * columns * 2
         stages = min(room // stage_bytes, sizes.most_stages)
         if problem.inputs % columns == 0 and stages >= sizes.least_stages:
-            return Tiling(rows, columns, stages, tiles, min(tiles, sizes.num_sms))
+            blocks = min(tiles, sizes.num_sms)
+            # Each block of a pair loads half of the rows, and both have the same way to go.
+            halves = problem.x_rows % (2 * TOKEN_STEP) == tiles % 2 == blocks % 2 == 0
+            is_paired = halves and problem.x_rows >= sizes.pair_x_rows
+            return Tiling(rows, columns, stages, tiles, blocks, is_paired)
     return None
 
 

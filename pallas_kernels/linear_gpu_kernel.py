@@ -25,6 +25,8 @@ _OPERAND: Any = (
     plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
     plgpu.SwizzleTransform(128),  # type: ignore[abstract]
 )
+_PAIR = 2  # blocks of a cluster
+_UNUSED = {"stage_free": None, "residual_ready": None}
 
 
 class Refs(NamedTuple):
@@ -39,6 +41,7 @@ class Refs(NamedTuple):
     w_stages: Any  # [stages, rows, columns]; gated: twice the rows
     result: Any  # [result_rows, rows]
     stage_ready: Any
+    stage_free: Any  # in both blocks of a pair
     residual_ready: Any
 
 
@@ -52,7 +55,7 @@ def build(problem: Problem, tiling: Tiling, kernel: Kernel, dtype: Any) -> Calla
         x, w, *rest, y = arrays
         bias = rest.pop(0) if problem.has_bias else None
         residual = rest.pop(0) if problem.has_residual else None
-        walk.run(Refs(x, w, bias, residual, y, **{"residual_ready": None} | scratch))
+        walk.run(Refs(x, w, bias, residual, y, **_UNUSED | scratch))
 
     w_rows = tiling.rows * (2 if spec.is_gated else 1)
     scratch: dict[str, Any] = {
@@ -67,12 +70,19 @@ def build(problem: Problem, tiling: Tiling, kernel: Kernel, dtype: Any) -> Calla
     }
     if problem.has_residual:
         scratch["residual_ready"] = plgpu.Barrier()
+    paired: dict[str, Any] = {}
+    if tiling.is_paired:
+        paired = {"cluster": (_PAIR,), "cluster_names": ("half",)}
+        scratch["stage_free"] = plgpu.ClusterBarrier(
+            collective_axes=("half",), num_barriers=tiling.stages
+        )
     interpret = plgpu.InterpretGPUParams(detect_races=True) if kernel.is_interpreted else None
     call: Callable[..., jax.Array] = plgpu.kernel(
         linear,
         out_type=jax.ShapeDtypeStruct((problem.tokens, problem.width), made),
-        grid=(tiling.blocks,),
+        grid=(tiling.blocks // (_PAIR if tiling.is_paired else 1),),
         grid_names=("block",),
+        **paired,
         scratch_types=scratch,
         interpret=interpret,
     )
@@ -96,7 +106,7 @@ class _Walk:
     def run(self, refs: Refs) -> None:
         tiling = self.tiling
         own_tiles = lax.div(
-            tiling.tiles - lax.axis_index("block") + (tiling.blocks - 1), jnp.int32(tiling.blocks)
+            tiling.tiles - self._block() + (tiling.blocks - 1), jnp.int32(tiling.blocks)
         )
         last = own_tiles * self.steps_per_tile
         # Weights do not wait for who writes x: another kernel may still be at it.
@@ -112,9 +122,13 @@ class _Walk:
         for step in range(self.tiling.stages):
             pl.when(step < last)(partial(fetch, jnp.int32(step)))
 
+    def _block(self) -> jax.Array:
+        block = lax.axis_index("block")
+        return block * _PAIR + lax.axis_index("half") if self.tiling.is_paired else block
+
     def _first_row(self, index: jax.Array) -> jax.Array:
         """Of the block's tile `index`."""
-        return (lax.axis_index("block") + index * self.tiling.blocks) * self.tiling.rows
+        return (self._block() + index * self.tiling.blocks) * self.tiling.rows
 
     def _slot(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.tiling.stages))
@@ -139,6 +153,7 @@ class _Walk:
             refs.x.at[:, self._columns(step)],
             refs.x_stages.at[slot, pl.ds(0, self.problem.x_rows)],
             refs.stage_ready.at[slot],
+            collective_axes="half" if self.tiling.is_paired else None,
         )
 
     def _tile(self, refs: Refs, index: jax.Array, last: jax.Array) -> None:
@@ -168,16 +183,33 @@ class _Walk:
             plgpu.wgmma(sums, refs.x_stages.at[slot], refs.w_stages.at[slot].T)
             # The product before this one has been made: its stage is free.
             plgpu.wgmma_wait(1)
-            following = step + (self.tiling.stages - 1)
-
-            @pl.when((step > 0) & (following < last))
-            def refill() -> None:
-                self._fetch_w(refs, following)
-                self._fetch_x(refs, following)
+            self._refill(refs, step, last)
 
         lax.fori_loop(0, self.steps_per_tile, multiply, None)
         made: jax.Array = sums[...]
         return made
+
+    def _refill(self, refs: Refs, step: jax.Array, last: jax.Array) -> None:
+        """Ask for what takes the place of the step before this one."""
+        following = step + (self.tiling.stages - 1)
+
+        @pl.when((step > 0) & (following < last))
+        def refill() -> None:
+            self._fetch_w(refs, following)
+            if self.tiling.is_paired:
+                # After a copy, which begins when all warps have come: the arrival is of one only.
+                plgpu.barrier_arrive(refs.stage_free.at[self._slot(following)])
+            else:
+                self._fetch_x(refs, following)
+
+        if self.tiling.is_paired:
+            # A step later, so that the blocks need not wait for each other.
+            delayed = following - 1
+
+            @pl.when((step > 1) & (delayed < last))
+            def refill_x() -> None:
+                plgpu.barrier_wait(refs.stage_free.at[self._slot(delayed)])
+                self._fetch_x(refs, delayed)
 
     def _finish(self, refs: Refs, sums: jax.Array, columns: Any) -> jax.Array:
         """[left_rows, rows]: what is stored of a tile; rows from `tokens` on may hold anything."""

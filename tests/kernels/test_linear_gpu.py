@@ -16,6 +16,7 @@ from quire.pallas_kernels.linear_gpu import (
     Kernel,
     LinearSizes,
     Problem,
+    Tiling,
     choose_tiling,
     load_sizes,
 )
@@ -71,6 +72,9 @@ CASES = {
     "exact": Case(6, 128, 96, EXACT),
     "exact with bias, two halves of 64 rows": Case(40, 128, 64, EXACT, has_bias=True),
     "most tokens": Case(64, 128, 96, has_residual=True),
+    "pairs of blocks": Case(64, 1344, 96, has_residual=True, sms=2),
+    "pairs with several tiles, gated": Case(32, 384, 1024, GATED, sms=2),
+    "pairs, exact": Case(48, 1280, 96, EXACT, sms=3),
 }
 
 
@@ -80,6 +84,13 @@ def _fresh_interpreter() -> Iterator[None]:
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import gpu_callbacks
 
     gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def tiling(case: Case) -> Tiling:
+    tokens = -(-case.tokens // 8) * 8
+    made = choose_tiling(Problem(tokens, case.inputs, case.outputs, case.spec), case.kernel().sizes)
+    assert made is not None
+    return made
 
 
 def run(case: Case, arrays: tuple[Any, ...], sizes: LinearSizes = H200) -> np.ndarray:
@@ -102,6 +113,17 @@ def test_interpreted_kernel_agrees_with_the_reference_and_has_no_races(case: Cas
     )
 
 
+def test_the_cases_are_what_they_are_called() -> None:
+    for name, case in CASES.items():
+        made = tiling(case)
+        if "pairs" in name:
+            assert made.is_paired, name
+        if "several tiles" in name:
+            assert made.tiles > made.blocks, name
+        if "stages" in name or "pairs" in name:  # a stage is used again
+            assert case.inputs // made.columns * (made.tiles // made.blocks) > made.stages, name
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_kernel_lowers_for_cuda(case: Case) -> None:
     """The interpreter takes what the compiler does not."""
@@ -113,17 +135,16 @@ def test_kernel_lowers_for_cuda(case: Case) -> None:
 @pytest.mark.parametrize("case", ["residual", "gated", "exact"])
 def test_rows_depend_on_nothing_but_themselves(case: str) -> None:
     """The same bits with other rows beside it, with fewer or more of them, and in other tiles."""
-    few = replace(CASES[case], tokens=3)
-    x, w, bias, residual = replace(few, tokens=12).arrays()
-    parts = x.reshape(-1, 12, few.inputs)
-    whole = run(replace(few, tokens=12), (x, w, bias, residual))
-    for rows in ([0, 1, 2], [11, 4, 0], [7]):
+    few, many = replace(CASES[case], tokens=3), replace(CASES[case], tokens=32, sms=2)
+    x, w, bias, residual = many.arrays()
+    parts = x.reshape(-1, 32, few.inputs)
+    assert tiling(many) != tiling(few)
+    whole = run(many, (x, w, bias, residual))
+    for rows in ([0, 1, 2], [31, 4, 0], [7]):
         at = np.array(rows)
         of_rows = (parts[:, at].reshape(-1, few.inputs), w, bias)
         made = run(few, (*of_rows, None if residual is None else residual[at]))
         np.testing.assert_array_equal(made, whole[at])
-    other = run(replace(few, tokens=12, sms=1), (x, w, bias, residual))
-    np.testing.assert_array_equal(other, whole)
 
 
 # [out, in] of the products of published models, and the blocks that share them on 132 SMs.

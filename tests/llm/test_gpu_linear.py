@@ -1,5 +1,5 @@
-"""A whole model whose weights are multiplied by the GPU's kernel, interpreted, gives the tokens that
-XLA's products give.
+"""A whole model with the GPU's product kernel, interpreted, gives the tokens that XLA's products
+give.
 """
 
 from dataclasses import replace
