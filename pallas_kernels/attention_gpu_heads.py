@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .attention_gpu_tile import ROWS, TILE, Geometry, launch
+from .attention_gpu_tile import ROWS, TILE, Geometry, launch, load_global
 from .checks import AttentionBatch, KVPages
 from .heads import HeadNorms
 
@@ -104,7 +104,7 @@ def _body(g: Geometry, structure: Any, epsilon: float, *refs: Any, **scratch: An
 
     def columns(array: Any, at: int) -> jax.Array:
         """f32[ROWS, half] of f32[head_dim]."""
-        values = plgpu.load(array.at[pl.ds(at, half)], layout=PER_COLUMN)
+        values = load_global(array.at[pl.ds(at, half)], PER_COLUMN)
         return lax.broadcast_in_dim(values, low.shape, [1])
 
     is_value = row >= heads + g.kv_heads
