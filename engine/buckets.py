@@ -8,9 +8,12 @@ from ..layers.programs import SCORE_ROWS, Variant
 from ..pallas_kernels.checks import QUERIES_PER_ITEM
 from .errors import ConfigError
 
+# The least of a platform. On CPU XLA's matmul with one row is 10-60x slower than with two; on a GPU
+# the kernels' tiles have eight rows, and padding one up to them is a kernel before each product.
+_SMALLEST = {"cpu": 2, "cuda": 8}
 # Without 4: on CPU a step of 8 takes hardly longer than one of 2 (16.3 and 16.1 ms, 135M bf16), and
 # a program has its price in memory and at start.
-_TOKENS = (1, 2, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
+_TOKENS = (2, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
 # With kernels that compute no padding a size costs but its program.
 _TOKENS_UNPADDED = (1, 8, 32, 128, 512, 2048, 8192)
 # Sizes of `sample`: fewer than those of forward, a few idle rows of the head cost little.
@@ -142,14 +145,11 @@ def plan_buckets(
 
     is_padding_free: the kernels compute no padded tokens.
     """
-    # XLA's matmul with one row is 10-60x slower than with two on CPU.
-    smallest = 2 if platform == "cpu" and not is_padding_free else 1
+    smallest = 1 if is_padding_free else _SMALLEST[platform]
     if token_buckets is not None:
-        tokens = sorted(set(token_buckets))
-        if not tokens or tokens[0] < smallest:
-            raise ConfigError(
-                f"token_buckets must be at least {smallest} on {platform}, got {tokens}"
-            )
+        tokens, least = sorted(set(token_buckets)), 1 if platform == "cuda" else smallest
+        if not tokens or tokens[0] < least:
+            raise ConfigError(f"token_buckets must be at least {least} on {platform}, got {tokens}")
         if tokens[-1] != max_num_batched_tokens:
             raise ConfigError(
                 "the largest of token_buckets must be max_num_batched_tokens = "
@@ -160,9 +160,8 @@ def plan_buckets(
         tokens = [t for t in sizes if smallest <= t < max_num_batched_tokens]
         tokens.append(max(max_num_batched_tokens, smallest))
     most_rows = max(min(max_num_seqs, max_num_batched_tokens), smallest)
-    # On a GPU a kernel that has nothing to do costs its launch, in every layer. A step of one token
-    # has no items anyway.
-    decode_tokens = [t for t in tokens if 1 < t <= most_rows] if platform == "cuda" else []
+    # On a GPU a kernel that has nothing to do costs its launch, in every layer.
+    decode_tokens = [t for t in tokens if t <= most_rows] if platform == "cuda" else []
     return Buckets(
         tokens=tuple(tokens),
         rows=(*(r for r in _ROWS if r < most_rows), most_rows),

@@ -5,7 +5,7 @@ Reads no weights. Whatever is wrong with the files is said here, before memory i
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -16,8 +16,10 @@ from ..layers.models.registry import ModelInfo, read_model
 from .config import EngineConfig
 from .errors import ModelError, UnsupportedModel
 from .model_source import ModelSource, find_model
-from .text.tokenizer import Tokenizer
-from .text_files import TextFiles, open_text, read_json
+
+if TYPE_CHECKING:
+    from .text.tokenizer import Tokenizer
+    from .text_files import TextFiles
 
 _DTYPE_BY_NAME: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -32,7 +34,7 @@ class ModelFiles:
 
     source: ModelSource
     info: ModelInfo
-    text: TextFiles
+    text: "TextFiles"
     checkpoint: Checkpoint | None
     dtype: np.dtype[Any]
     eos_ids: frozenset[int]
@@ -57,6 +59,9 @@ class ModelFiles:
 
 def open_model(config: EngineConfig) -> ModelFiles:
     """Find a model, on a hub if need be, and read all but its weights. Raises UsageError."""
+    # Who only runs a model's shape (bench/gpu) needs none of what texts need.
+    from .text_files import open_text, read_json
+
     source = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
     try:
         info = read_model(source.folder, config.ignore_config_keys)
@@ -85,7 +90,7 @@ _GENERATION_FILES = ("config.json", "generation_config.json")
 
 
 def _eos_ids(
-    folder: Path, generation: dict[str, dict[str, Any]], tokenizer: Tokenizer, vocab: int
+    folder: Path, generation: dict[str, dict[str, Any]], tokenizer: "Tokenizer", vocab: int
 ) -> frozenset[int]:
     """The end-of-sequence ids that any of the model's files names."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -151,10 +151,11 @@ class Builder:
         self.format = choose_format(files.dtype, self.ops)
 
     def _attention_shape(self) -> AttentionShape:
+        """Of each device."""
         arrays = self.layout.arrays[0]
         return AttentionShape(
-            heads=self.files.info.model.spec.num_heads,
-            kv_heads=arrays.num_kv_heads,
+            heads=self.files.info.model.spec.num_heads // self.mesh.size,
+            kv_heads=arrays.num_kv_heads // self.mesh.size,
             head_dim=arrays.head_dim,
             value_dim=arrays.value_dim,
             page_size=self.sizes.page_size,

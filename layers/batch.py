@@ -50,7 +50,9 @@ class StepLayout:
         """Most work items that rows with at least two queries each can need."""
         if self.is_decode:
             return 0
-        return min(self.tokens // 2, self.rows + self.tokens // self.queries_per_item)
+        # Three tokens in items of two are two items; in larger ones no row has more than its half.
+        most = self.tokens // 2 if self.queries_per_item > 2 else self.tokens
+        return min(most, self.rows + self.tokens // self.queries_per_item)
 
     @cached_property
     def parts(self) -> dict[str, tuple[int, tuple[int, ...]]]:

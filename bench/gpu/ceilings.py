@@ -1,6 +1,7 @@
 """What the device itself can do: the ceilings that other figures are quoted against."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +30,30 @@ PAPER = Ceilings(4.3e12, 4.3e12, 800e12)
 def measure(bench: Bench, results: Results, *, scale: int = 1) -> Ceilings:
     """scale: divides every size, to try the code on a small machine."""
     size = _COPY_BYTES // scale // 4
-    x = jnp.ones((size,) if bench.measured else (8,), jnp.float32)
-    big = x if bench.measured else jax.ShapeDtypeStruct((size,), jnp.float32)
-    copied = bench.seconds(lambda x, _: x + 1, big, ())
+
+    def ones(shape: tuple[int, ...], dtype: Any) -> Any:
+        """Anew each time: what is carried is donated."""
+        return jnp.ones(shape, dtype) if bench.measured else jax.ShapeDtypeStruct(shape, dtype)
+
+    copied = bench.seconds(lambda x, _: x + 1, ones((size,), jnp.float32), ())
     copy_rate = copied.rate(2 * 4 * size)
     results.add("copy_bandwidth", _giga(copy_rate), "GB/s", bytes=2 * 4 * size, **copied.facts())
 
-    read = bench.seconds(lambda s, x: s + (x + s).sum() * 1e-30, jnp.float32(0), big)
+    read = bench.seconds(
+        lambda s, x: s + (x + s).sum() * 1e-30, ones((), jnp.float32), ones((size,), jnp.float32)
+    )
     read_rate = read.rate(4 * size)
     results.add("read_bandwidth", _giga(read_rate), "GB/s", bytes=4 * size, **read.facts())
 
     side = _SIDE // scale
-    square = jax.ShapeDtypeStruct((side, side), jnp.bfloat16)
-    a, b = (jnp.full(s.shape, 0.01, s.dtype) if bench.measured else s for s in (square, square))
 
     def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
         product = lax.dot(a, b, preferred_element_type=jnp.float32)
-        return (product * 1e-3).astype(jnp.bfloat16)
+        return (product / side).astype(jnp.bfloat16)
 
-    matmul = bench.seconds(multiply, a, b)
+    matmul = bench.seconds(
+        multiply, ones((side, side), jnp.bfloat16), ones((side, side), jnp.bfloat16)
+    )
     flops = matmul.rate(2 * side**3)
     results.add("matmul_bf16", _giga(flops), "GFLOP/s", side=side, **matmul.facts())
     return Ceilings(

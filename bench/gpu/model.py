@@ -16,6 +16,7 @@ from ...engine.kv_plan import KVPlan, Sizes, table_width
 from ...engine.model_files import ModelFiles
 from ...engine.model_source import ModelSource
 from ...engine.startup import Builder
+from ...layers.checkpoint import Checkpoint
 from ...layers.models.registry import ModelInfo, read_model
 
 SHAPES = Path(__file__).parent.parent / "shapes"
@@ -33,9 +34,14 @@ def model_info(size: str, num_layers: int | None = None) -> ModelInfo:
 
 
 def make_builder(
-    size: str, mesh: Mesh, *, num_layers: int | None = None, **options: Any
+    size: str,
+    mesh: Mesh,
+    *,
+    num_layers: int | None = None,
+    platform: str = "cuda",
+    **options: Any,
 ) -> Builder:
-    """Of an engine for a GPU. options: of EngineConfig."""
+    """Of an engine with dummy weights. options: of EngineConfig."""
     info = model_info(size, num_layers)
     config = EngineConfig(
         load_format="dummy", tensor_parallel_size=mesh.size, max_num_seqs=MAX_NUM_SEQS, **options
@@ -49,8 +55,22 @@ def make_builder(
         eos_ids=frozenset(),
     )
     tokens = config.max_num_batched_tokens or MAX_BATCHED_TOKENS
-    sizes = Sizes("cuda", MAX_NUM_SEQS, tokens, config.page_size or PAGE_SIZE)
+    sizes = Sizes(platform, MAX_NUM_SEQS, tokens, config.page_size or PAGE_SIZE)
     return Builder(config, files, sizes, mesh)
+
+
+def open_folder(folder: Path, mesh: Mesh, platform: str, dtype: Any, **options: Any) -> Builder:
+    """Of an engine with the weights of a folder, but no tokenizer."""
+    info = read_model(folder)
+    files = ModelFiles(
+        source=ModelSource(folder.name, folder),
+        info=info,
+        text=None,  # type: ignore[arg-type]
+        checkpoint=Checkpoint(folder),
+        dtype=np.dtype(dtype),
+        eos_ids=frozenset(),
+    )
+    return Builder(EngineConfig(**options), files, Sizes(platform, 16, 256, 16), mesh)
 
 
 def kv_plan(num_pages: int, max_model_len: int, page_size: int = PAGE_SIZE) -> KVPlan:

@@ -50,6 +50,7 @@ class Results:
         **more: Any,
     ) -> None:
         """One figure; least, most: its target. value None: compiled only."""
+        value = None if value is None else float(value)  # numpy's too
         line: dict[str, Any] = {"name": name, "value": _rounded(value), "unit": unit}
         if least is not None or most is not None:
             line["target"] = f">= {least:g}" if most is None else f"<= {most:g}"
@@ -58,6 +59,12 @@ class Results:
         line |= {key: _rounded(item) for key, item in more.items()} | {"measured": self.measured}
         self.lines.append(line)
         self.say(json.dumps(line))
+
+    def require(self, name: str, value: float, unit: str, *, most: float, **more: Any) -> None:
+        """A figure that must be met: raises AssertionError where it is not."""
+        self.add(name, value, unit, most=most, **more)
+        if not value <= most:
+            raise AssertionError(f"{name} is {value:g} {unit}, and at most {most:g} is right")
 
     def section(self, name: str, run: Callable[[], None]) -> None:
         """Run a part; what it raises ends that part alone."""

@@ -95,7 +95,7 @@ class Model:
                 f"{self.setup.size} compile {name}", report.total_s, "s",
                 loaded=report.loaded, compiled=report.compiled, tracing_s=report.lower_s,
             )  # fmt: skip
-        self.runner.set_weights(self.builder.weights(_NoBar))
+        self.runner.set_weights(self.builder.weights(NoBar))
         self.runner.allocate()
         began = time.perf_counter()
         self.runner.warm_up()
@@ -113,11 +113,11 @@ class Model:
 MAX_BATCH_PAGES = 64 * -(-MAX_MODEL_LEN // 64)
 
 
-class _NoBar:
+class NoBar:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def __enter__(self) -> "_NoBar":
+    def __enter__(self) -> "NoBar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -160,7 +160,6 @@ def _pages_per_row(model: Model, context: int) -> int:
 
 def running_requests(model: Model, batch: int, context: int) -> list[Request]:
     """Requests whose first `context` tokens count as computed, in pages of their own."""
-    page_size = model.builder.sizes.page_size
     per_row = _pages_per_row(model, context)
     vocab = model.runner.lowering.vocab
     requests = []

@@ -37,8 +37,34 @@ def test_kernels_without_padding_need_fewer_programs():
 
 def test_the_programs_of_the_gpu_defaults():
     buckets = plan("cuda", max_num_seqs=256, max_num_batched_tokens=8192)
-    assert buckets.tokens == (1, 2, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
+    assert buckets.tokens == (8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
     assert buckets.rows == (8, 32, 64, 128, 256)
+    assert buckets.decode_tokens == (8, 16, 32, 64, 256)
+    assert len(buckets.forward_layouts()) == 14
+
+
+def test_a_step_of_one_token_a_row_has_its_own_program_on_a_gpu():
+    buckets = plan("cuda", max_num_seqs=64, max_num_batched_tokens=1024)
+    mixed = buckets.layout_for(9, is_decode=False, num_steps=1)
+    decode = buckets.layout_for(9, is_decode=True, num_steps=1)
+    assert (mixed.name, decode.name) == ("forward[16]", "decode[16]")
+    assert mixed.items > decode.items == 0
+    assert buckets.layout_for(65, is_decode=True, num_steps=1).name == "forward[256]"
+    on_cpu = plan().layout_for(9, is_decode=True, num_steps=1)
+    assert on_cpu.name == "forward[16]"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_programs_of_several_steps_are_there_for_every_number_of_rows(platform: str):
+    assert plan(platform).loop_programs() == []
+    buckets = plan(platform, decode_steps=4, max_num_seqs=40)
+    names = {layout.name for layout, _ in buckets.loop_programs()}
+    for rows in range(1, 41):
+        layout = buckets.layout_for(rows, is_decode=True, num_steps=3)
+        assert layout.name in names
+        assert (layout.num_steps, layout.items) == (4, 0)
+        assert layout.tokens >= rows
+        assert layout.rows >= rows
 
 
 @given(
@@ -48,8 +74,9 @@ def test_every_step_has_a_program_that_holds_it(platform: str, seqs: int, most: 
     buckets = plan(platform, max_num_seqs=seqs, max_num_batched_tokens=most, num_groups=groups)
     assert len(buckets.tokens) <= (12 if platform == "cpu" else 20)
     assert buckets.tokens == tuple(sorted(set(buckets.tokens)))
-    assert buckets.tokens[-1] == most
-    assert min(*buckets.tokens, *buckets.rows) >= (2 if platform == "cpu" else 1)
+    least = 2 if platform == "cpu" else 8
+    assert buckets.tokens[-1] == max(most, least)
+    assert min(*buckets.tokens, *buckets.rows) >= least
     for num_tokens in {1, 2, most // 2 + 1, most - 1, most, *buckets.tokens}:
         tokens = buckets.tokens_for(num_tokens)
         layout = buckets.layout(tokens)
@@ -63,7 +90,7 @@ def test_every_step_has_a_program_that_holds_it(platform: str, seqs: int, most: 
         assert (max(tokens, 64), 64) in scores
 
 
-@pytest.mark.parametrize("most", [2, 16, 36])
+@pytest.mark.parametrize("most", [1, 2, 3, 16, 36])
 @given(st.lists(st.integers(2, 70), min_size=1, max_size=9), st.integers(0, 8))
 def test_a_layout_has_room_for_the_work_items_of_any_rows(
     most: int, counts: list[int], num_single: int

@@ -27,25 +27,35 @@ def main() -> None:
     told: dict[str, Any] = {}
     for name in CONFIGS:
         num_logprobs = NUM_LOGPROBS if NUM_DEVICES > 1 and name == "qwen2" else -1
-        with LLM(
-            str(FOLDER / name), tokenizer=str(REFERENCE / "llama2_mha"), dtype="float32",
-            tensor_parallel_size=NUM_DEVICES, max_num_seqs=8, max_num_batched_tokens=32,
-            token_buckets=(32,), kv_cache_memory_bytes=1 << 20, max_logprobs=num_logprobs,
-            max_model_len=128,
-        ) as llm:  # fmt: skip
+        with start(name, max_logprobs=num_logprobs) as llm:
             core = llm._engine.core
             told[name] = facts(core.runner) | {"plan": vars(llm._engine.plan)}
             if NUM_DEVICES > 1:
                 make_hostile(llm)
             asked = cases(num_logprobs=num_logprobs)
             outputs = llm.generate([p for p, _ in asked], [s for _, s in asked], use_tqdm=False)
+            told[name]["num_steps"] = core.metrics.num_steps
         np.savez(FOLDER / f"{name}-{NUM_DEVICES}.npz", **arrays(outputs))
+    if NUM_DEVICES == 4:
+        with start("llama", decode_steps=4) as llm:
+            asked = cases(num_logprobs=None)
+            outputs = llm.generate([p for p, _ in asked], [s for _, s in asked], use_tqdm=False)
+            told["num_loop_steps"] = llm._engine.core.metrics.num_steps
+        told["loop_tokens"] = [o.outputs[0].token_ids for o in outputs]
     if NUM_DEVICES == 8:
         try:
             LLM(str(REFERENCE / "llama2_mha"), tensor_parallel_size=NUM_DEVICES)
         except ConfigError as error:
             told["refusal"] = str(error)
     (FOLDER / f"{NUM_DEVICES}.json").write_text(json.dumps(told))
+
+
+def start(name: str, **options: Any) -> LLM:
+    return LLM(
+        str(FOLDER / name), tokenizer=str(REFERENCE / "llama2_mha"), dtype="float32",
+        tensor_parallel_size=NUM_DEVICES, max_num_seqs=8, max_num_batched_tokens=32,
+        token_buckets=(32,), kv_cache_memory_bytes=1 << 20, max_model_len=128, **options,
+    )  # fmt: skip
 
 
 def arrays(outputs: list[RequestOutput]) -> dict[str, Any]:

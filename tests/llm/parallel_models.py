@@ -64,7 +64,7 @@ def write_model(folder: Path, name: str) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def cases(*, num_logprobs: int) -> list[tuple[list[int], SamplingParams]]:
+def cases(*, num_logprobs: int | None) -> list[tuple[list[int], SamplingParams]]:
     """Prompts around the borders of pages and chunks, each kind of sampling with each of some."""
     rng = np.random.default_rng(7)
     prompts = [rng.integers(3, 512, n).tolist() for n in (1, 16, 17, 40)]

@@ -53,11 +53,9 @@ def whole_logits(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return made
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("size", SIZES)
-def test_tokens_are_those_of_one_device(results: Results, size: int, name: str) -> None:
-    """Greedy and every kind of drawing, with NaN in every byte that no request owns."""
-    alone, shared = (results[n]["arrays"][name] for n in (1, size))
+def compare(results: Results, name: str, tokens: list[list[int]]) -> Comparison:
+    """With the tokens of one device."""
+    alone = results[1]["arrays"][name]
     logits = whole_logits(alone).reshape(*alone["tokens"].shape, -1)
     comparison = Comparison()
     for i, (_, params) in enumerate(cases(num_logprobs=-1)):
@@ -66,9 +64,22 @@ def test_tokens_are_those_of_one_device(results: Results, size: int, name: str) 
             margin(row, expected[:step], expected[step], params)
             for step, row in enumerate(logits[i])
         ]
-        comparison.add(expected, shared["tokens"][i].tolist(), margins)
-    print(f"{name} on {size}: {comparison.share:.2%} of {comparison.num_steps} steps compared")
-    assert comparison.share >= 0.98
+        comparison.add(expected, tokens[i], margins)
+    print(f"{name}: {comparison.share:.2%} of {comparison.num_steps} steps compared")
+    return comparison
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_are_those_of_one_device(results: Results, size: int, name: str) -> None:
+    """Greedy and every kind of drawing, with NaN in every byte that no request owns."""
+    tokens = results[size]["arrays"][name]["tokens"].tolist()
+    assert compare(results, name, tokens).share >= 0.98
+
+
+def test_several_steps_in_one_program_are_those_of_one_device(results: Results) -> None:
+    assert compare(results, "llama", results[4]["loop_tokens"]).share >= 0.98
+    assert results[4]["num_loop_steps"] < results[4]["llama"]["num_steps"]  # some were used
 
 
 @pytest.mark.parametrize("name", CONFIGS)
