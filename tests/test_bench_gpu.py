@@ -34,7 +34,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         (model, "MAX_NUM_SEQS", 8), (model, "MAX_BATCHED_TOKENS", 64),
         (steps, "BATCHES", (1, 8)), (steps, "CONTEXTS", (64, 900)), (steps, "NUM_STEPS", 8),
         (steps, "WARM_STEPS", 2), (steps, "MAX_MODEL_LEN", 1024), (steps, "PROMPTS", ((2, 100),)),
-        (steps, "THROUGHPUT", ((8, 4, 5),)), (steps, "MAX_BATCH_PAGES", 200),
+        (steps, "THROUGHPUT", ((8, 4, 5),)), (steps, "MAX_BATCH_PAGES", 100),
     ):  # fmt: skip
         monkeypatch.setattr(where, name, value)
 
