@@ -21,16 +21,19 @@ import numpy as np
 from quire.cpu_kernels import ops
 from quire.cpu_kernels.library import Library, load
 from quire.engine.config import EngineConfig
-from quire.engine.core import Submission
+from quire.engine.core import EngineCore, Submission
 from quire.engine.model_source import DEMO_FOLDER
 from quire.engine.processors import describe_kernels
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.startup import start_engine
+from quire.pallas_kernels.checks import QUERIES_PER_ITEM
 
 from .report import emit, line
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 RUNS, PAGE_SIZE, NUM_STEPS = 9, 16, 60
+
+Batch = tuple[np.ndarray, ...]  # the arrays of an AttentionBatch, in its order
 
 
 def config_of(size: str) -> dict[str, Any]:
@@ -85,22 +88,39 @@ def mlp_s(rows: int, hidden: int, inner: int, layers: int) -> float:
     return median_s(lambda: run(x, gate_ups, downs))
 
 
-def attention_s(rows: int, config: dict[str, Any], layers: int, context: int) -> float:
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    dim = config["hidden_size"] // heads
+def decode_batch(rows: int, context: int) -> Batch:
+    """Every row's token at the end of its context."""
     width = -(-context // PAGE_SIZE)
-    pages = (rows * width + 1, kv_heads, PAGE_SIZE, dim)
-    caches = [(jnp.zeros(pages, jnp.float16), jnp.zeros(pages, jnp.float16)) for _ in range(layers)]
-    qkv = jnp.ones((rows, (heads + 2 * kv_heads) * dim), jnp.float32)
-    tables = (jnp.ones((rows, dim), jnp.float32), jnp.zeros((rows, dim), jnp.float32))
     table = 1 + np.arange(rows * width, dtype=np.int32).reshape(rows, width)
     last = np.full(rows, context - 1, np.int32)
     none = np.zeros(0, np.int32)
-    batch = (
+    return (
         np.zeros(rows, np.int32), last + 1, np.arange(rows, dtype=np.int32),
         table[:, last[0] // PAGE_SIZE], last % PAGE_SIZE, table, np.int32(rows), np.int32(0),
         none, none, none,
     )  # fmt: skip
+
+
+def prompt_batch(tokens: int) -> Batch:
+    """One prompt, in items of as many queries as the engine makes them."""
+    table = 1 + np.arange(-(-tokens // PAGE_SIZE), dtype=np.int32)[None]
+    at = np.arange(tokens, dtype=np.int32)
+    first = np.arange(0, tokens, QUERIES_PER_ITEM, dtype=np.int32)
+    return (
+        0 * at, at + 1, 0 * at, table[0, at // PAGE_SIZE], at % PAGE_SIZE, table, np.int32(0),
+        np.int32(len(first)), 0 * first, first, np.minimum(QUERIES_PER_ITEM, tokens - first),
+    )  # fmt: skip
+
+
+def attention_s(batch: Batch, config: dict[str, Any], layers: int) -> float:
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    dim = config["hidden_size"] // heads
+    tokens, table = batch[0].shape[0], batch[5]
+    pages = (table.size + 1, kv_heads, PAGE_SIZE, dim)
+    make = jax.jit(lambda: ops.zeros(pages, jnp.float16))  # in huge pages, as the engine has them
+    caches = [(make(), make()) for _ in range(layers)]
+    qkv = jnp.ones((tokens, (heads + 2 * kv_heads) * dim), jnp.float32)
+    tables = (jnp.ones((tokens, dim), jnp.float32), jnp.zeros((tokens, dim), jnp.float32))
 
     def step(qkv: jax.Array, caches: list[tuple[jax.Array, jax.Array]]) -> Any:
         made = []
@@ -133,15 +153,19 @@ def head_s(rows: int, config: dict[str, Any]) -> float:
     return median_s(lambda: run(x, many)) / len(many)
 
 
-def step_s(size: str, rows: int, context: int) -> float:
-    """One step of a running engine, with what of the host's work is not hidden."""
+def engine_of(size: str) -> EngineCore:
     folder = Path(__file__).parent / "shapes" / size
     config = EngineConfig(
         model=str(folder), tokenizer=str(DEMO_FOLDER), load_format="dummy", dtype="bfloat16",
         max_model_len=1024,
         enable_prefix_caching=False,
     )  # fmt: skip
-    core = start_engine(config, lambda _: None).core
+    return start_engine(config, lambda _: None).core
+
+
+def step_s(size: str, rows: int, context: int) -> float:
+    """One step of a running engine, with what of the host's work is not hidden."""
+    core = engine_of(size)
     # Around the context, so that the middle of what is measured is at it.
     before = context - NUM_STEPS // 2
     params = SamplingParams(temperature=0, max_tokens=NUM_STEPS + 20, ignore_eos=True)
@@ -155,34 +179,54 @@ def step_s(size: str, rows: int, context: int) -> float:
     return (time.perf_counter() - started) / NUM_STEPS
 
 
+def prompt_s(size: str, tokens: int) -> float:
+    """From a prompt's submission to its one token."""
+    core = engine_of(size)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+
+    def run() -> None:
+        core.submit(Submission("0", tuple(range(10, 10 + tokens)), params, seed=0))
+        while core.has_work:
+            core.step()
+
+    return median_s(run)
+
+
+def emit_parts(kind: str, rows: int, batch: Batch, whole: float, args: argparse.Namespace) -> None:
+    """Of a step of so many rows, of which the head sees one for each request."""
+    config = config_of(args.size)
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    parts = {
+        "q, k and v": linear_s(rows, hidden + 2 * kv, hidden, layers, is_exact=True),
+        "attention": attention_s(batch, config, layers),
+        "attention's output": linear_s(rows, hidden, hidden, layers, is_exact=False),
+        "gated layer": mlp_s(rows, hidden, config["intermediate_size"], layers),
+        "head": head_s(batch[5].shape[0], config),
+    }
+    parts["the rest"] = whole - sum(parts.values())
+    parts["step"] = whole
+    for name, seconds in parts.items():
+        title = f"{kind}_{args.size}_{rows} {name}"
+        emit(line(title, seconds * 1e3, "ms", None, context=args.context))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="135m")
     parser.add_argument("--rows", default="1,32")
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--prompts", default="512")
     args = parser.parse_args()
     library = load()
     if not isinstance(library, Library):
         raise SystemExit(f"there are no CPU kernels: {library.reason}")
-    kernels = describe_kernels(library, None)
-    kernels.use()
-    config = config_of(args.size)
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
-    for rows in map(int, args.rows.split(",")):
-        parts = {
-            "q, k and v": linear_s(rows, hidden + 2 * kv, hidden, layers, is_exact=True),
-            "attention": attention_s(rows, config, layers, args.context),
-            "attention's output": linear_s(rows, hidden, hidden, layers, is_exact=False),
-            "gated layer": mlp_s(rows, hidden, config["intermediate_size"], layers),
-            "head": head_s(rows, config),
-        }
+    describe_kernels(library, None).use()
+    for rows in map(int, filter(None, args.rows.split(","))):
         whole = step_s(args.size, rows, args.context)
-        parts["the rest"] = whole - sum(parts.values())
-        parts["step"] = whole
-        for name, seconds in parts.items():
-            title = f"decode_{args.size}_{rows} {name}"
-            emit(line(title, seconds * 1e3, "ms", None, context=args.context, kernels=kernels.line))
+        emit_parts("decode", rows, decode_batch(rows, args.context), whole, args)
+    for tokens in map(int, filter(None, args.prompts.split(","))):
+        emit_parts("prompt", tokens, prompt_batch(tokens), prompt_s(args.size, tokens), args)
 
 
 if __name__ == "__main__":

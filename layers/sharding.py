@@ -70,23 +70,26 @@ def local_values(
     return values
 
 
-def local_part(whole: jax.Array, param: Param, shard: jax.Array, num_shards: int) -> jax.Array:
-    """The same of an array of the Param's shape, inside a program. shard: i32[]."""
-    local, axis = local_param(param, num_shards), split_axis(param)
-    if axis is None or local.shape == param.shape:
-        return whole
-    if axis == 1:
-        first = _first(param, param.slices[0], shard, num_shards)
-        return lax.dynamic_slice_in_dim(whole, first, local.shape[1], axis=1)
+def local_rows(param: Param, shard: jax.Array, num_shards: int) -> jax.Array:
+    """i32[rows]: which rows of the Param are those of local_param, -1 where it is padded. Inside a
+    program; shard: i32[].
+    """
+    local, is_by_rows = local_param(param, num_shards), split_axis(param) == 0
     parts, row = [], 0
     for piece, part in zip(param.slices, local.slices, strict=True):
-        tensor = whole[row : row + piece.rows]
-        missing = max(0, part.rows * num_shards - piece.rows) if _is_padded(param) else 0
-        tensor = jnp.pad(tensor, [(0, missing)] + [(0, 0)] * (whole.ndim - 1))
-        first = _first(param, piece, shard, num_shards)
-        parts.append(lax.dynamic_slice_in_dim(tensor, first, part.rows))
+        first = _first(param, piece, shard, num_shards) if is_by_rows else 0
+        at = first + jnp.arange(part.rows)
+        parts.append(jnp.where(at < piece.rows, row + at, -1))
         row += piece.rows
     return jnp.concatenate(parts)
+
+
+def local_columns(row: jax.Array, param: Param, shard: jax.Array, num_shards: int) -> jax.Array:
+    """[local columns] of a whole row of the Param, [columns]. Inside a program; shard: i32[]."""
+    if split_axis(param) != 1:
+        return row
+    size = local_param(param, num_shards).shape[1]
+    return lax.dynamic_slice_in_dim(row, shard * size, size)
 
 
 def _num_rows(param: Param, piece: Slice, num_shards: int) -> int:

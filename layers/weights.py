@@ -22,9 +22,17 @@ from .checkpoint import Checkpoint, CheckpointError, check_names
 from .mesh import MODEL, partition
 from .param import Param, map_params, param_leaves
 from .quantization.registry import WeightFormat
-from .sharding import global_shape, local_param, local_part, local_values, split_axis
+from .sharding import (
+    global_shape,
+    local_columns,
+    local_param,
+    local_rows,
+    local_values,
+    split_axis,
+)
 
 _LOAD_THREADS = 4
+_DRAWN_AT_ONCE = 1 << 22  # random numbers
 
 
 def load_weights(
@@ -111,17 +119,25 @@ def _drawn(
     dtype: np.dtype,
     mesh: Mesh,
 ) -> jax.Array:
-    """The start values of a Param. Each device draws all of them and keeps its part: what is drawn
-    must not depend on their number.
+    """The start values of a Param. Each row is drawn with a key of its own, so a device draws only
+    rows that it has a part of, and what is drawn does not depend on their number.
     """
 
     def draw(key: jax.Array, index: jax.Array) -> jax.Array:
-        num_shards = mesh.shape[MODEL]
+        num_shards, shard = mesh.shape[MODEL], lax.axis_index(MODEL)
         if param.fill is not None:
             return jnp.full(local_param(param, num_shards).shape, param.fill, dtype)
-        key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-        noise = (jax.random.normal(key, param.shape) * 0.02).astype(dtype)
-        return local_part(noise, param, lax.axis_index(MODEL), num_shards)
+        own_key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+        _, columns = param.shape
+
+        def draw_row(row: jax.Array) -> jax.Array:
+            noise = jax.random.normal(jax.random.fold_in(own_key, row), (columns,)) * 0.02
+            noise = local_columns(noise, param, shard, num_shards)
+            return jnp.where(row >= 0, noise, 0).astype(dtype)
+
+        # Some at a time: the bits of a draw take several times the memory of its result.
+        rows = local_rows(param, shard, num_shards)
+        return lax.map(draw_row, rows, batch_size=max(1, _DRAWN_AT_ONCE // columns))
 
     everywhere = PartitionSpec()
     mapped = jax.shard_map(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .attention_gpu_plan import Items, Units, plan_items, plan_units
 from .checks import AttentionBatch, AttentionShape, AttentionSpec, KVPages
+from .heads import HeadNorms, split_heads
 from .reference import fit, write_kv
 from .tuning import Sizes, load
 
@@ -75,69 +76,81 @@ class Kernels:
         of rows with several queries are rounded to the cache's dtype.
         """
         kv = write_kv(k_new, v_new, kv, batch)
-        tokens, heads, _ = q.shape
-        q16 = fit(q, kv.k.dtype).reshape(tokens, kv.k.shape[1], -1, q.shape[2])
-        singles = self._attend_singles(q16, kv, batch.page_table, plan.units, spec, sinks)
-        if plan.items is None:
-            return singles.reshape(-1, heads, kv.v.shape[-1]).astype(q.dtype), kv
-        out = self._attend_items(q16, kv, batch.page_table, plan.items, spec, sinks)
-        out = out.reshape(tokens, -1)
-        rows = singles.shape[0]
-        is_single = jnp.arange(rows)[:, None] < batch.num_single
-        mixed = jnp.where(is_single, singles, out[:rows].astype(jnp.float32))
-        out = out.astype(q.dtype).at[:rows].set(mixed.astype(q.dtype))
-        return out.reshape(tokens, heads, -1), kv
+        tokens, heads, head_dim = q.shape
+        g = self._geometry(heads, kv, spec)
+        grouped = fit(q, g.dtype).reshape(tokens, g.kv_heads, g.group, head_dim).swapaxes(0, 1)
+        grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, -g.group % 8), (0, 0)))
+        out = self._attend(grouped, kv, batch, plan, g, sinks)
+        return out.reshape(tokens, heads, -1).astype(q.dtype), kv
 
-    def _attend_singles(
+    def attend(
         self,
-        q: jax.Array,  # [tokens, kv_heads, group, head_dim]
+        qkv: jax.Array,  # [tokens, (heads + kv_heads) * head_dim + kv_heads * value_dim]
         kv: KVPages,
-        table: jax.Array,  # i32[rows, width]
-        units: Units,
+        batch: AttentionBatch,
+        plan: Plan,
         spec: AttentionSpec,
+        tables: tuple[jax.Array, jax.Array] | None,
+        norms: HeadNorms | None,
         sinks: jax.Array | None,
-    ) -> jax.Array:  # f32[rows, heads * value_dim]
+    ) -> tuple[jax.Array, KVPages]:
+        """Ops.attend. Where the heads of a token fit into one tile, their norms, rotation and the
+        write of the cache are one kernel.
+        """
+        from . import attention_gpu_heads
+
+        _, kv_heads, _, head_dim = kv.k.shape
+        g = self._geometry(qkv.shape[1] // head_dim - 2 * kv_heads, kv, spec)
+        if not attention_gpu_heads.serves(g):
+            heads = split_heads(qkv, kv_heads, head_dim, tables, norms, spec.norm_epsilon)
+            out, kv = self.run(*heads, kv, batch, plan, spec, sinks)
+            return out.reshape(out.shape[0], -1), kv
+        prepared = attention_gpu_heads.Preparation(tables, norms, spec.norm_epsilon)
+        q, kv = attention_gpu_heads.write_heads(qkv, kv, batch, prepared, g)
+        return self._attend(q, kv, batch, plan, g, sinks).astype(qkv.dtype), kv
+
+    def _attend(
+        self,
+        q: jax.Array,  # [kv_heads, tokens, group, head_dim], the group padded to a multiple of 8
+        kv: KVPages,
+        batch: AttentionBatch,
+        plan: Plan,
+        g: "Geometry",
+        sinks: jax.Array | None,
+    ) -> jax.Array:  # [tokens, heads * value_dim]
+        """Of a cache that is written. f32, or the cache's dtype where a step may have items."""
         from . import attention_gpu_decode as decode
-
-        g = decode.geometry(self._geometry(q, kv, spec, self.sizes.decode.keys), self.sizes)
-        # TMA fills shared memory 8 rows at a time.
-        padded = jnp.pad(q[: units.spans.shape[0]], ((0, 0), (0, 0), (0, -g.group % 8), (0, 0)))
-        blocks = self.sizes.num_sms
-        parts = decode.attend_units(padded.swapaxes(0, 1), kv, table, units, g, blocks)
-        return decode.combine(parts, units, sinks, g)
-
-    def _attend_items(
-        self,
-        q: jax.Array,  # [tokens, kv_heads, group, head_dim]
-        kv: KVPages,
-        table: jax.Array,  # i32[rows, width]
-        items: Items,
-        spec: AttentionSpec,
-        sinks: jax.Array | None,
-    ) -> jax.Array:  # [tokens, kv_heads, group, value_dim]
         from . import attention_gpu_prefill as prefill
 
-        g = prefill.geometry(self._geometry(q, kv, spec, self.sizes.prefill.keys), self.sizes)
-        # TMA cannot start at any query: each tile's are brought together, [items, kv_heads, tiles,
-        # tile_rows, head_dim].
-        tiles = jnp.moveaxis(q[items.tokens], 3, 1)
+        units, items, blocks = plan.units, plan.items, self.sizes.num_sms
+        fitted = decode.geometry(replace(g, keys=self.sizes.decode.keys), self.sizes)
+        parts = decode.attend_units(q, kv, batch.page_table, units, fitted, blocks)
+        singles = decode.combine(parts, units, sinks, fitted)
+        if items is None:
+            return singles
+        fitted = prefill.geometry(replace(g, keys=self.sizes.prefill.keys), self.sizes)
+        # TMA cannot start at any query: each tile's are brought together.
+        tiles = q[:, items.tokens, : g.group]
         tiles = tiles.reshape(*tiles.shape[:3], -1, g.head_dim)
         missing = _TILE_ROWS - tiles.shape[3]
         tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-        work = prefill.Work(tiles, table, items)
-        return prefill.attend_items(work, kv, sinks, g, q.shape[0], self.sizes.num_sms)
+        work = prefill.Work(tiles, batch.page_table, items)
+        out = prefill.attend_items(work, kv, sinks, fitted, q.shape[1], blocks)
+        out = out.reshape(q.shape[1], -1)
+        rows = singles.shape[0]
+        is_single = jnp.arange(rows)[:, None] < batch.num_single
+        return out.at[:rows].set(jnp.where(is_single, singles.astype(out.dtype), out[:rows]))
 
-    def _geometry(self, q: jax.Array, kv: KVPages, spec: AttentionSpec, keys: int) -> "Geometry":
+    def _geometry(self, heads: int, kv: KVPages, spec: AttentionSpec) -> "Geometry":
         from .attention_gpu_tile import Geometry
 
         _, kv_heads, page_size, head_dim = kv.k.shape
         return Geometry(
-            group=q.shape[2],
+            group=heads // kv_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             value_dim=kv.v.shape[-1],
             page_size=page_size,
-            keys=keys,
             dtype=kv.k.dtype,
             scale=spec.scale,
             soft_cap=spec.soft_cap,

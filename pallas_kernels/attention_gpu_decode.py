@@ -29,6 +29,7 @@ from .attention_gpu_tile import (
     empty,
     key_positions,
     launch,
+    load_global,
     scores,
     store_columns,
     swizzled,
@@ -47,7 +48,7 @@ PARTS_AT_ONCE = 8  # loads in flight: they wait for memory together
 class Inputs(NamedTuple):
     """In device memory."""
 
-    q: Any  # [kv_heads, rows, group, head_dim], the group padded to a multiple of 8
+    q: Any  # [kv_heads, rows or more, group, head_dim], the group padded to a multiple of 8
     k: Any  # [pages, kv_heads, page_size, head_dim]
     v: Any  # [pages, kv_heads, page_size, value_dim]
     table: Any  # i32[rows, width]
@@ -80,14 +81,14 @@ class Scratch(NamedTuple):
 
 class Unit(NamedTuple):
     head: jax.Array
-    index: jax.Array
+    number: jax.Array
     row: jax.Array
     first: jax.Array
     end: jax.Array
 
 
 def attend_units(
-    q: jax.Array,  # [kv_heads, rows, group or more, head_dim] in the cache's dtype
+    q: jax.Array,  # [kv_heads, rows or more, group or more, head_dim] in the cache's dtype
     kv: KVPages,
     table: jax.Array,  # i32[rows, width]
     units: Units,
@@ -189,7 +190,7 @@ def _produce(g: Geometry, blocks: int, inputs: Inputs, smem: Scratch) -> None:
 
         def tile(i: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             consumer = lax.rem(i - u.first, jnp.int32(CONSUMERS))
-            before = jnp.where(consumer == 0, *done)
+            before: Any = jnp.where(consumer == 0, done[0], done[1])
             stage = _stage(g, consumer, before)
             # The last tile may pass the table's end: any page will do, nobody sees those keys.
             pages = [
@@ -242,7 +243,7 @@ def _consume(g: Geometry, blocks: int, inputs: Inputs, parts: Parts, smem: Scrat
 
     def unit(turn: jax.Array, done: jax.Array) -> jax.Array:
         u, slot = _unit(g, blocks, inputs, turn), lax.rem(turn, jnp.int32(g.q_slots))
-        start, end = inputs.records[u.index, UNIT_FROM], inputs.records[u.index, UNIT_TO]
+        start, end = inputs.records[u.number, UNIT_FROM], inputs.records[u.number, UNIT_TO]
         plgpu.barrier_wait(smem.q_ready.at[slot])
 
         def tile(step: jax.Array, state: Any) -> Any:
@@ -288,7 +289,7 @@ def _consume(g: Geometry, blocks: int, inputs: Inputs, parts: Parts, smem: Scrat
 def _store(g: Geometry, parts: Parts, smem: Scratch, u: Unit, state: Any) -> None:
     """The real heads' rows of a part, some columns at a time."""
     me = lax.axis_index("warpgroup")
-    part = u.index * CONSUMERS + me
+    part = u.number * CONSUMERS + me
     columns = smem.out.shape[-1]
     for at in range(0, g.value_dim, columns):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -362,7 +363,7 @@ def _combine_body(g: Geometry, columns: int, out: Any, statistics: Any, *refs: A
             is_part = plgpu.layout_cast(jnp.full((COLUMNS,), at, jnp.int32), _LINE) < number
             part = first + jnp.minimum(at, number - 1)
             start = part * (heads * g.value_dim) + begin
-            numbers = plgpu.load(out.at[pl.ds(start, COLUMNS)], layout=_LINE)
+            numbers = load_global(out.at[pl.ds(start, COLUMNS)], _LINE)
             # What is past the row's parts may be anything.
             highest = jnp.where(is_part, statistic(part, 0), _line(2 * LOWEST))
             loaded.append((highest, statistic(part, 1), numbers, is_part))

@@ -39,6 +39,7 @@ from .attention_gpu_tile import (
     empty,
     key_positions,
     launch,
+    load_global,
     scores,
     store_columns,
     swizzled,
@@ -53,7 +54,7 @@ PRODUCER = TILES  # the last warpgroup
 class Inputs(NamedTuple):
     """In device memory."""
 
-    q: Any  # [items, kv_heads, TILES, ROWS, head_dim]
+    q: Any  # [kv_heads, items, TILES, ROWS, head_dim]
     k: Any  # [pages, kv_heads, page_size, head_dim]
     v: Any  # [pages, kv_heads, page_size, value_dim]
     table: Any  # i32[rows, width]
@@ -82,10 +83,10 @@ class Scratch(NamedTuple):
 
 class Item(NamedTuple):
     head: jax.Array
-    index: jax.Array
+    number: jax.Array
     row: jax.Array
     token: jax.Array
-    count: jax.Array
+    queries: jax.Array
     start: jax.Array  # the lowest position that a query sees
     end: jax.Array  # one past the highest
 
@@ -114,7 +115,7 @@ def geometry(g: Geometry, sizes: Sizes) -> Geometry:
 class Work(NamedTuple):
     """The arguments of a launch that say what is to be done."""
 
-    q: jax.Array  # [items, kv_heads, TILES, ROWS, head_dim] in the cache's dtype
+    q: jax.Array  # [kv_heads, items, TILES, ROWS, head_dim] in the cache's dtype
     table: jax.Array  # i32[rows, width]
     items: Items
 
@@ -160,7 +161,7 @@ def attend_items(
 
 def _body(g: Geometry, blocks: int, has_sinks: bool, *refs: Any, **scratch: Any) -> None:
     *inputs, out = refs
-    arrays = Inputs(*inputs) if has_sinks else Inputs(*inputs, None)
+    arrays = Inputs(*(inputs if has_sinks else [*inputs, None]))
     smem = Scratch(**{"weights": None, **scratch})
     warpgroup = lax.axis_index("warpgroup")
 
@@ -218,7 +219,7 @@ def _produce(g: Geometry, blocks: int, inputs: Inputs, smem: Scratch) -> None:
 
             for t in range(TILES):
                 plgpu.copy_gmem_to_smem(
-                    inputs.q.at[it.index, it.head, t], smem.q.at[t], smem.q_ready
+                    inputs.q.at[it.head, it.number, t], smem.q.at[t], smem.q_ready
                 )
 
         def tile(i: jax.Array, tiles: jax.Array) -> jax.Array:
@@ -298,13 +299,13 @@ def _hand_over(smem: Scratch) -> None:
 def _tile_step(g: Geometry, inputs: Inputs, smem: Scratch, it: Item, offset: jax.Array) -> Any:
     """The loop's body over tiles of keys; offset: from a tile's number to its place in the ring."""
     me = lax.axis_index("warpgroup")
-    record = inputs.records.at[it.index]
+    record = inputs.records.at[it.number]
     all_from, all_to = record[ITEM_ALL_FROM], record[ITEM_ALL_TO]
-    ranges = inputs.ranges.at[it.index, me]
+    ranges = inputs.ranges.at[it.number, me]
 
     def mask(x: jax.Array, position: jax.Array) -> jax.Array:
         see_from, see_to = (
-            lax.broadcast_in_dim(plgpu.load(ranges.at[which], layout=PER_ROW), x.shape, [0])
+            lax.broadcast_in_dim(load_global(ranges.at[which], PER_ROW), x.shape, [0])
             for which in range(2)
         )
         return jnp.where((position >= see_from) & (position < see_to), x, HIDDEN)
@@ -342,7 +343,7 @@ def _store(g: Geometry, inputs: Inputs, out: Any, smem: Scratch, it: Item, state
     me = lax.axis_index("warpgroup")
     total, factor = state.total, None
     if inputs.sinks is not None:  # one more score, with no value
-        sink = plgpu.load(inputs.sinks.at[it.head], layout=PER_ROW) * LOG2_E
+        sink = load_global(inputs.sinks.at[it.head], PER_ROW) * LOG2_E
         highest = jnp.maximum(state.highest, sink)
         factor = jnp.exp2(state.highest - highest)
         total = total * factor + jnp.exp2(sink - highest)
@@ -357,7 +358,7 @@ def _store(g: Geometry, inputs: Inputs, out: Any, smem: Scratch, it: Item, state
         smem.out[me] = piece.astype(g.dtype)
         plgpu.commit_smem()
 
-        @pl.loop(0, jnp.clip(it.count - me * queries, 0, queries))
+        @pl.loop(0, jnp.clip(it.queries - me * queries, 0, queries))
         def _(query: jax.Array, at: int = at) -> None:
             plgpu.copy_smem_to_gmem(
                 smem.out.at[me, pl.ds(query * g.group, g.group)],

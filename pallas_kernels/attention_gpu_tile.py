@@ -39,11 +39,11 @@ class Geometry:
     head_dim: int
     value_dim: int
     page_size: int
-    keys: int
     dtype: Any  # of the cache, and of q
     scale: float
     soft_cap: float | None
     is_interpreted: bool
+    keys: int = 0
     stages: int = 0
     q_slots: int = 0
     out_columns: int = 0
@@ -75,7 +75,8 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
     swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0)
     columns = swizzle // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    mosaic: Any = plgpu  # mypy takes its transforms for abstract
+    transforms = (mosaic.TilingTransform((8, columns)), mosaic.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -88,7 +89,6 @@ def launch(
     scratch: dict[str, Any],
 ) -> Callable[..., Any]:
     """A Mosaic kernel over `grid` blocks of `num_threads` warpgroups."""
-    mode = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if g.is_interpreted else {}
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -99,8 +99,13 @@ def launch(
         scratch_types=scratch,
         # Of the functions used here this changes exp2 alone: two units in the last place.
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **mode,
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if g.is_interpreted else None,
     )  # fmt: skip
+
+
+def load_global(ref: Any, layout: Any) -> jax.Array:
+    """A few numbers from device memory: jax 0.11 knows no better load for these layouts."""
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def store_columns(g: Geometry) -> int:

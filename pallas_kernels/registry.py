@@ -57,6 +57,7 @@ def _mosaic(name: str, platform: str, kernels: attention_gpu.Kernels) -> Impleme
         (platform,),
         kernels.run,
         kernels.plan,
+        kernels.attend,
         serves=kernels.serves,
         queries_per_item=kernels.queries_per_item,
         only_by_name=kernels.is_interpreted,

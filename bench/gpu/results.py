@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 _PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy", "transformers",
@@ -22,7 +22,8 @@ class Results:
         """seconds: from now on; a section that would begin later is left out, and said."""
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "gpu.json"
-        self._log: TextIO = (folder / "gpu.log").open("w", encoding="utf-8")
+        self._log_path = folder / "gpu.log"
+        self._log_path.write_text("", encoding="utf-8")
         self._ends = time.monotonic() + seconds
         self._head = {
             "device": device,
@@ -37,7 +38,8 @@ class Results:
     def say(self, text: str) -> None:
         stamped = f"{time.strftime('%H:%M:%S')} {text}"
         print(stamped, flush=True)
-        print(stamped, file=self._log, flush=True)
+        with self._log_path.open("a", encoding="utf-8") as log:
+            print(stamped, file=log)
 
     def add(
         self,

@@ -1,8 +1,5 @@
 // Ragged attention over pages in place: head norms, rope, the KV write, then an online softmax.
 //
-// Inside a page, keys lie with their positions side by side, [head_dim][page_size], so that a vector
-// holds one number of several keys; values lie [page_size][value_dim].
-//
 // Keys are taken in chunks of 64 at fixed positions, chunks in segments of 512; segments are
 // combined in order. So a query's arithmetic depends on its own key range alone, not on who shares
 // its work, how a prompt was cut, or the number of threads.
@@ -15,19 +12,14 @@
 #include <new>
 #include <vector>
 
+#include "attention_tiles.h"
 #include "heads.h"
-#include "scores.h"
+#include "pages.h"
 
 namespace quire::QUIRE_LEVEL {
 
 constexpr int64_t kSegment = 512;
 constexpr int64_t kFewRows = 8;  // query rows that widen keys as often as they read them
-
-// Consecutive queries of one row, the heads that share one kv head.
-struct Piece {
-  int64_t first, count, row;  // tokens; row of the page table
-  int64_t kv_head;
-};
 
 // Numbers that begin at a cache line: a vector that lies across two takes two loads.
 class Floats {
@@ -51,26 +43,22 @@ class Floats {
 
 // What a thread keeps from piece to piece.
 struct Scratch {
-  Floats keys, values, scores, lane_totals, sums, totals, highest;
+  Floats keys, values, scores, lane_totals, sums, totals, highest, query_tiles, key_tiles, value_tiles;
 };
 
 class PieceWork {
  public:
   PieceWork(const Attention& call, const Piece& piece)
       : call_(call), piece_(piece), group_(call.heads / call.kv_heads), rows_(piece.count * group_),
-        width_(round_up(call.value_dim, kLanes)) {
-    lowest_ = INT32_MAX;
-    for (int64_t t = piece.first; t < piece.first + piece.count; ++t) {
-      if (call.attend_from[t] >= call.attend_to[t]) continue;
-      lowest_ = std::min<int64_t>(lowest_, call.attend_from[t]);
-      end_ = std::max<int64_t>(end_, call.attend_to[t]);
-    }
-    lowest_ = std::min(lowest_, end_);
-    first_segment_ = lowest_ / kSegment;
-    num_segments_ = std::max<int64_t>(1, (end_ + kSegment - 1) / kSegment - first_segment_);
+        width_(round_up(call.value_dim, kLanes)), pages_(call, piece, width_),
+        is_tiled_(kHasTiles && call.kv_dtype != Dtype::kF32),
+        padded_rows_(is_tiled_ && rows_ > 16 ? round_up(rows_, 16) : rows_),
+        first_segment_(pages_.lowest() / kSegment) {
+    const int64_t past_segment = (pages_.end() + kSegment - 1) / kSegment;
+    num_segments_ = std::max<int64_t>(1, past_segment - first_segment_);
     // A vector of keys, and a group's values, have to lie in one page.
-    is_direct_ = rows_ <= kFewRows && call.page_size % kGroup == 0 && width_ == call.value_dim &&
-                 call.v != nullptr;
+    is_direct_ = (rows_ <= kFewRows || is_tiled_) && call.page_size % kGroup == 0 &&
+                 width_ == call.value_dim && call.v != nullptr;
   }
 
   // next: what this thread does after it, or null.
@@ -78,13 +66,17 @@ class PieceWork {
     next_ = next;
     keys_ = scratch.keys.get(call_.head_dim * kChunk);
     values_ = scratch.values.get(kChunk * width_);
-    scores_ = scratch.scores.get(rows_ * kChunk);
+    scores_ = scratch.scores.get(padded_rows_ * kChunk);
     lane_totals_ = scratch.lane_totals.get(rows_ * kLanes);
-    sums_ = scratch.sums.get(num_segments_ * rows_ * width_);
-    totals_ = scratch.totals.get(num_segments_ * rows_);
-    highest_ = scratch.highest.get(num_segments_ * rows_);
-    std::fill_n(sums_, num_segments_ * rows_ * width_, 0.0f);
-    std::fill_n(highest_, num_segments_ * rows_, kLowest);
+    sums_ = scratch.sums.get(num_segments_ * padded_rows_ * width_);
+    totals_ = scratch.totals.get(num_segments_ * padded_rows_);
+    highest_ = scratch.highest.get(num_segments_ * padded_rows_);
+    std::fill_n(sums_, num_segments_ * padded_rows_ * width_, 0.0f);
+    std::fill_n(highest_, num_segments_ * padded_rows_, kLowest);
+#if defined(__AMX_BF16__)
+    if (is_tiled_) split_queries(scratch);
+    const TileSession session(rows_);
+#endif
     switch (call_.kv_dtype) {
       case Dtype::kF32:
         attend_all<float>();
@@ -103,27 +95,19 @@ class PieceWork {
   int64_t token_of(int64_t row) const { return piece_.first + row / group_; }
   int64_t head_of(int64_t row) const { return piece_.kv_head * group_ + row % group_; }
 
-  // The first number of a page of a cache with `dim` numbers to a key.
-  template <typename Element>
-  const Element* page_of(const void* cache, int64_t dim, int64_t position) const {
-    const int64_t page = call_.page_table[piece_.row * call_.width + position / call_.page_size];
-    const int64_t at = (page * call_.kv_heads + piece_.kv_head) * call_.page_size * dim;
-    return static_cast<const Element*>(cache) + at;
-  }
-
   template <typename Element>
   void attend_all() {
     for (int64_t segment = 0; segment < num_segments_; ++segment) {
       const int64_t begin = (first_segment_ + segment) * kSegment;
-      const int64_t end = std::min(end_, begin + kSegment), first = segment * rows_;
+      const int64_t end = std::min(pages_.end(), begin + kSegment), first = segment * padded_rows_;
       std::fill_n(lane_totals_, rows_ * kLanes, 0.0f);
-      int64_t chunk = std::max(begin, lowest_ / kChunk * kChunk);
+      int64_t chunk = std::max(begin, pages_.lowest() / kChunk * kChunk);
       for (; chunk < end; chunk += kChunk) {
         if (is_direct_) {
-          attend(first, chunk, page_keys<Element>(chunk), page_values<Element>(chunk));
+          attend_any(first, chunk, pages_.page_keys<Element>(chunk), pages_.page_values<Element>(chunk));
         } else {
-          const Keys<float> keys = widened_keys<Element>(chunk);  // before values, which may be theirs
-          attend(first, chunk, keys, widened_values<Element>(chunk));
+          const Keys<float> keys = pages_.widened_keys<Element>(chunk, keys_);
+          attend_any(first, chunk, keys, pages_.widened_values<Element>(chunk, keys_, values_));
         }
       }
       for (int64_t row = 0; row < rows_; ++row) {
@@ -133,6 +117,72 @@ class PieceWork {
   }
 
   // first: of the segment's rows among all partial results.
+  template <typename KeysOf, typename ValuesOf>
+  void attend_any(int64_t first, int64_t chunk, const KeysOf& keys, const ValuesOf& values) {
+#if defined(__AMX_BF16__)
+    if (is_tiled_) return attend_by_tiles(first, chunk, keys, values);
+#endif
+    attend(first, chunk, keys, values);
+  }
+
+#if defined(__AMX_BF16__)
+  void split_queries(Scratch& scratch) {
+    const int64_t dim = call_.head_dim, size = query_tiles_size(dim);
+    const auto tiles = [](Floats& room, int64_t count) { return reinterpret_cast<bf16*>(room.get(count / 2)); };
+    query_tiles_ = tiles(scratch.query_tiles, round_up(rows_, 16) / 16 * size);
+    key_tiles_ = tiles(scratch.key_tiles, std::max(key_tiles_size(dim), value_tiles_size(width_)));
+    // Of a lone tile of queries, values come when keys are done with: half as much stays in the first cache.
+    value_tiles_ = rows_ <= 16 ? key_tiles_ : tiles(scratch.value_tiles, value_tiles_size(width_));
+    for (int64_t row = 0; row < rows_; ++row) {
+      const float* q = call_.q + (token_of(row) * call_.heads + head_of(row)) * dim;
+      split_query(q, dim, row % 16, query_tiles_ + row / 16 * size);
+    }
+  }
+
+  // Whether a query of the tile from `row` on sees a key of the chunk; one that does not is unchanged by it.
+  bool is_seen(int64_t row, int64_t chunk) const {
+    const int64_t last = token_of(std::min(row + 16, rows_) - 1);
+    for (int64_t token = token_of(row); token <= last; ++token) {
+      if (call_.attend_from[token] < chunk + kChunk && call_.attend_to[token] > chunk) return true;
+    }
+    return false;
+  }
+
+  template <typename Element>
+  void attend_by_tiles(int64_t first, int64_t chunk, const Keys<Element>& keys, const Values<Element>& values) {
+    const Ahead ahead = what_follows(chunk);
+    const int64_t dim = call_.head_dim;
+    const auto tiles_of = [&](int64_t i) { return key_tiles_ + i * kParts<Element> * kKeyGroups * kTile; };
+    const auto make_tiles = [&](int64_t i) {
+      key_tiles(keys, values.end, i * kDepth, dim, ahead, tiles_of(i));
+      return tiles_of(i);
+    };
+    const bool is_lone = rows_ <= 16;
+    for (int64_t i = 0; i * kDepth < dim && !is_lone; ++i) make_tiles(i);
+    if (!is_lone) value_tiles(values, width_, ahead, value_tiles_);
+    alignas(64) bf16 weights[kKeyBlocks * kTile];
+    for (int64_t top = 0; top < rows_; top += 16) {
+      if (!is_seen(top, chunk)) continue;
+      const bf16* q = query_tiles_ + top / 16 * query_tiles_size(dim);
+      if (is_lone) {
+        // Each is multiplied while the next is made.
+        score_tile<kParts<Element>>(q, dim, make_tiles, scores_);
+        value_tiles(values, width_, ahead, value_tiles_);
+      } else {
+        score_tile<kParts<Element>>(q, dim, tiles_of, scores_);
+      }
+      for (int64_t row = top; row < std::min(top + 16, rows_); ++row) {
+        const int64_t token = token_of(row), at = row - top;
+        const float shrink = soften_tile(call_.soft_cap, scores_ + at * kChunk, call_.attend_from[token] - chunk,
+                                         call_.attend_to[token] - chunk, highest_[first + row],
+                                         lane_totals_ + row * kLanes, weights + at * kDepth);
+        shrink_sums(shrink, first + row);
+      }
+      value_tile<kParts<Element>>(weights, value_tiles_, values.end, width_, sums_ + (first + top) * width_);
+    }
+  }
+#endif
+
   template <typename KeysOf, typename ValuesOf>
   void attend(int64_t first, int64_t chunk, const KeysOf& keys, const ValuesOf& values) {
     const Ahead ahead = what_follows(chunk);
@@ -146,153 +196,103 @@ class PieceWork {
       float* sums = sums_ + (first + row) * width_;
       if (row == 0) score_rows<kQueryRows, true>(count, q, keys, call_.head_dim, ahead, scores);
       else score_rows<kQueryRows, false>(count, q, keys, call_.head_dim, ahead, scores);
-      for (int64_t r = 0; r < count; ++r) weigh(first, row + r, chunk, scores + r * kChunk, sums + r * width_);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t token = token_of(row + r);
+        const float shrink = soften(call_.soft_cap, scores + r * kChunk, call_.attend_from[token] - chunk,
+                                    call_.attend_to[token] - chunk, highest_[first + row + r],
+                                    lane_totals_ + (row + r) * kLanes);
+        shrink_sums(shrink, first + row + r);
+      }
       if (row == 0) value_rows<kQueryRows, true>(count, scores, values, width_, ahead, sums);
       else value_rows<kQueryRows, false>(count, scores, values, width_, ahead, sums);
     }
   }
 
-  // Scores become weights, and what was summed before shrinks to them.
-  void weigh(int64_t first, int64_t row, int64_t chunk, float* scores, float* sums) {
-    const int64_t token = token_of(row);
-    const float shrink = soften(call_.soft_cap, scores, call_.attend_from[token] - chunk,
-                                call_.attend_to[token] - chunk, highest_[first + row],
-                                lane_totals_ + row * kLanes);
+  // What was summed before, to the weights of a new maximum.
+  void shrink_sums(float shrink, int64_t row) {
     if (shrink == 1.0f) return;
-    for (float* s = sums; s < sums + width_; s += kLanes) store(s, load(s) * broadcast(shrink));
-  }
-
-  int64_t begin_in(int64_t chunk) const { return std::max<int64_t>(0, lowest_ - chunk); }
-  int64_t end_in(int64_t chunk) const { return std::min(kChunk, end_ - chunk); }
-
-  // Keys past the end are masked when they have a score, so any page will do for them.
-  template <typename Element>
-  Keys<Element> page_keys(int64_t chunk) const {
-    Keys<Element> keys;
-    keys.stride = call_.page_size;
-    for (int64_t v = 0; v < kChunk / kLanes; ++v) {
-      const int64_t position = within(chunk + v * kLanes);
-      keys.first[v] = page_of<Element>(call_.k, call_.head_dim, position) + position % call_.page_size;
-    }
-    return keys;
-  }
-
-  template <typename Element>
-  Values<Element> page_values(int64_t chunk) const {
-    Values<Element> values;
-    values.stride = call_.value_dim;
-    values.begin = begin_in(chunk);
-    values.end = end_in(chunk);
-    for (int64_t group = 0; group < kChunk / kGroup; ++group) {
-      const int64_t position = within(chunk + group * kGroup);
-      const Element* page = page_of<Element>(call_.v, call_.value_dim, position);
-      values.first[group] = page + position % call_.page_size * call_.value_dim;
-    }
-    return values;
-  }
-
-  // The position, or one of the same place in its group in a page that the row has.
-  int64_t within(int64_t position) const {
-    if (position < end_ && position / call_.page_size >= lowest_ / call_.page_size) return position;
-    return lowest_ / kGroup * kGroup + position % kGroup;
-  }
-
-  // f32 [head_dim][kChunk], zeros outside the range.
-  template <typename Element>
-  Keys<float> widened_keys(int64_t chunk) {
-    const int64_t dim = call_.head_dim, begin = begin_in(chunk), end = end_in(chunk);
-    if (begin > 0 || end < kChunk) std::fill_n(keys_, dim * kChunk, 0.0f);
-    for (int64_t key = begin; key < end;) {
-      const int64_t offset = (chunk + key) % call_.page_size;
-      const int64_t count = std::min(call_.page_size - offset, end - key);
-      const Element* page = page_of<Element>(call_.k, dim, chunk + key) + offset;
-      for (int64_t i = 0; i < dim; ++i) {
-        widen(page + i * call_.page_size, count, keys_ + i * kChunk + key);
-      }
-      key += count;
-    }
-    Keys<float> keys;
-    keys.stride = kChunk;
-    for (int64_t v = 0; v < kChunk / kLanes; ++v) keys.first[v] = keys_ + v * kLanes;
-    return keys;
-  }
-
-  // f32 [kChunk][width], zeros past value_dim; of a latent cache the first numbers of each key.
-  template <typename Element>
-  Values<float> widened_values(int64_t chunk) {
-    const int64_t dim = call_.value_dim;
-    Values<float> values = {{}, width_, begin_in(chunk), end_in(chunk)};
-    for (int64_t group = 0; group < kChunk / kGroup; ++group) {
-      values.first[group] = values_ + group * kGroup * width_;
-    }
-    if (width_ > dim) std::fill_n(values_, kChunk * width_, 0.0f);
-    for (int64_t key = values.begin; key < values.end; ++key) {
-      float* to = values_ + key * width_;
-      if (call_.v == nullptr) {
-        for (int64_t i = 0; i < dim; ++i) to[i] = keys_[i * kChunk + key];
-      } else {
-        const int64_t position = chunk + key;
-        widen(page_of<Element>(call_.v, dim, position) + position % call_.page_size * dim, dim, to);
-      }
-    }
-    return values;
+    float* sums = sums_ + row * width_;
+    for (int64_t i = 0; i < width_; i += kLanes) store(sums + i, load(sums + i) * broadcast(shrink));
   }
 
   // What this thread reads after the chunk.
   Ahead what_follows(int64_t chunk) const {
-    if (chunk + kChunk < end_) return expect(chunk + kChunk);
-    return next_ == nullptr ? Ahead{} : next_->expect(next_->lowest_ / kChunk * kChunk);
-  }
-
-  Ahead expect(int64_t chunk) const {
-    Ahead ahead;
-    const int64_t bytes = call_.kv_dtype == Dtype::kF32 ? 4 : 2;
-    const auto at = [&](const void* cache, int64_t dim, int64_t position) {
-      // Of bytes, as many as a key has: where its values are, and about where its numbers are.
-      const char* page = page_of<char>(cache, dim * bytes, position);
-      return reinterpret_cast<uintptr_t>(page + position % call_.page_size * dim * bytes);
-    };
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      if (chunk + quarter * kGroup >= end_) break;
-      const int64_t position = within(chunk + quarter * kGroup);
-      ahead.keys[quarter] = at(call_.k, call_.head_dim, position);
-      if (call_.v != nullptr) ahead.values[quarter] = at(call_.v, call_.value_dim, position);
-    }
-    return ahead;
+    if (chunk + kChunk < pages_.end()) return pages_.expect(chunk + kChunk);
+    if (next_ == nullptr) return {};
+    return next_->pages_.expect(next_->pages_.lowest() / kChunk * kChunk);
   }
 
   void combine(int64_t row) {
     const bool has_sink = call_.sinks != nullptr;
     const float sink = has_sink ? call_.sinks[head_of(row)] : kLowest;
     float highest = sink;
-    for (int64_t s = 0; s < num_segments_; ++s) highest = std::max(highest, highest_[s * rows_ + row]);
+    for (int64_t s = 0; s < num_segments_; ++s) highest = std::max(highest, highest_[s * padded_rows_ + row]);
     float total = has_sink ? exp(broadcast(sink - highest))[0] : 0.0f;
-    float* out = call_.out + (token_of(row) * call_.heads + head_of(row)) * call_.value_dim;
-    std::fill_n(out, call_.value_dim, 0.0f);
     for (int64_t s = 0; s < num_segments_; ++s) {
-      const float share = exp(broadcast(highest_[s * rows_ + row] - highest))[0];
-      total += totals_[s * rows_ + row] * share;
-      const float* sums = sums_ + (s * rows_ + row) * width_;
-      for (int64_t i = 0; i < call_.value_dim; ++i) out[i] += sums[i] * share;
+      float& share = highest_[s * padded_rows_ + row];
+      share = exp(broadcast(share - highest))[0];
+      total += totals_[s * padded_rows_ + row] * share;
     }
     const float factor = 1.0f / std::max(total, kTiny);
-    for (int64_t i = 0; i < call_.value_dim; ++i) out[i] *= factor;
+    float* out = call_.out + (token_of(row) * call_.heads + head_of(row)) * call_.value_dim;
+    for (int64_t i = 0; i < call_.value_dim; i += kLanes) {
+      Vf joined = {};
+      for (int64_t s = 0; s < num_segments_; ++s) {
+        const int64_t at = s * padded_rows_ + row;
+        joined = joined + load(sums_ + at * width_ + i) * broadcast(highest_[at]);
+      }
+      joined = joined * broadcast(factor);
+      const int64_t count = std::min<int64_t>(kLanes, call_.value_dim - i);
+      if (count == kLanes) store(out + i, joined);
+      else std::memcpy(out + i, &joined, count * sizeof(float));
+    }
   }
 
   const Attention& call_;
   const Piece piece_;
   const int64_t group_, rows_, width_;
+  const PiecePages pages_;
+  const bool is_tiled_;
+  const int64_t padded_rows_;  // of the arrays below, in whole tiles
+  const int64_t first_segment_;
+  int64_t num_segments_;
   const PieceWork* next_ = nullptr;
-  int64_t lowest_, end_ = 0, first_segment_, num_segments_;
   bool is_direct_;
   float* keys_;         // [head_dim][kChunk]
   float* values_;       // [kChunk][width]
   float* scores_;       // [rows][kChunk]
+#if defined(__AMX_BF16__)
+  bf16 *query_tiles_, *key_tiles_, *value_tiles_;
+#endif
   float* lane_totals_;  // [rows][kLanes], of the segment: sums of weights
   float* sums_;         // [segments][rows][width]: sums of e^(score - highest) v
   float* totals_;       // [segments][rows]: sums of weights
   float* highest_;      // [segments][rows]
 };
+
+// Every query, of the first kv head. Items that follow each other in a prompt share the keys that they
+// read, as long as there are pieces enough for all threads.
+inline std::vector<Piece> pieces_of(const Attention& call, int64_t num_threads) {
+  constexpr int64_t kMostQueries = 64, kPiecesPerThread = 8;
+  const int64_t num_single = std::clamp<int64_t>(*call.num_single, 0, call.tokens);
+  const int64_t num_items = std::clamp<int64_t>(*call.num_items, 0, call.items);
+  const int64_t shared = num_items * call.kv_heads / (num_threads * kPiecesPerThread);
+  std::vector<Piece> pieces;
+  pieces.reserve(num_single + num_items);
+  for (int64_t token = 0; token < num_single; ++token) pieces.push_back({token, 1, call.token_row[token], 0});
+  for (int64_t item = 0; item < num_items; ++item) {
+    const int64_t first = call.item_first[item], count = call.item_count[item], row = call.item_row[item];
+    if (item > 0 && item % std::max<int64_t>(1, shared) != 0) {
+      Piece& last = pieces.back();
+      if (last.row == row && last.first + last.count == first && last.count + count <= kMostQueries) {
+        last.count += count;
+        continue;
+      }
+    }
+    pieces.push_back({first, count, row, 0});
+  }
+  return pieces;
+}
 
 inline void attention(Team& team, const Attention& call) {
   const int64_t per_token = (call.heads + 2 * call.kv_heads) * call.head_dim;
@@ -303,14 +303,12 @@ inline void attention(Team& team, const Attention& call) {
   if (call.tokens * per_token <= kSmallRows) prepare(0, call.tokens);
   else team.split(call.tokens, 1, 4, prepare);
 
-  const int64_t num_single = std::clamp<int64_t>(*call.num_single, 0, call.tokens);
-  const int64_t num_items = std::clamp<int64_t>(*call.num_items, 0, call.items);
-  const int64_t num_pieces = (num_single + num_items) * call.kv_heads;
+  const std::vector<Piece> queries = pieces_of(call, team.num_threads());
+  const int64_t num_pieces = static_cast<int64_t>(queries.size()) * call.kv_heads;
   const auto work_at = [&](int64_t index) {
-    const int64_t work = index / call.kv_heads, item = work - num_single;
-    const int64_t kv_head = index % call.kv_heads;
-    if (item < 0) return PieceWork(call, {work, 1, call.token_row[work], kv_head});
-    return PieceWork(call, {call.item_first[item], call.item_count[item], call.item_row[item], kv_head});
+    Piece piece = queries[index / call.kv_heads];
+    piece.kv_head = index % call.kv_heads;
+    return PieceWork(call, piece);
   };
   team.split(num_pieces, 1, 8, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;

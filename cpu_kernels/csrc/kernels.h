@@ -96,6 +96,7 @@ struct Attention {
 
 struct Kernels {
   const char* name;
+  bool has_tiles;  // attention over pages of 2 bytes multiplies in bf16: see attention_tiles.h
   void (*linear)(Team&, const Linear&);
   void (*mlp)(Team&, const Mlp&);
   void (*head_argmax)(Team&, const HeadArgmax&);

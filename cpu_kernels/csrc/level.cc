@@ -13,6 +13,6 @@
 namespace quire::QUIRE_LEVEL {
 
 extern const Kernels kernels;
-const Kernels kernels = {QUIRE_TEXT(QUIRE_LEVEL), linear, mlp, head_argmax, attention};
+const Kernels kernels = {QUIRE_TEXT(QUIRE_LEVEL), kHasTiles, linear, mlp, head_argmax, attention};
 
 }  // namespace quire::QUIRE_LEVEL

@@ -4,6 +4,16 @@
 
 #include "rows.h"
 
+namespace quire::QUIRE_LEVEL {
+
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+
+}  // namespace quire::QUIRE_LEVEL
+
 #if defined(__AVX512BF16__)
 
 namespace quire::QUIRE_LEVEL {
@@ -15,8 +25,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// The tiles of one thread while it multiplies. 0 to 3: sums, 4 and 5: rows of the input, 6 and 7: the
-// halves of a panel.
+// The tiles of one thread while it multiplies. 0 to 3: sums, 4 and 5: rows of the input, 6 and 7: what
+// they are multiplied with.
 class TileSession {
  public:
   explicit TileSession(int64_t rows) {
@@ -25,7 +35,7 @@ class TileSession {
       config.row_bytes[tile] = 64;
       config.rows[tile] = 16;
     }
-    if (rows < 16) config.rows[0] = config.rows[1] = config.rows[4] = static_cast<uint8_t>(rows);
+    for (int tile = 0; tile < 6 && rows < 16; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
     _tile_loadconfig(&config);
   }
   ~TileSession() { _tile_release(); }

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quire.pallas_kernels import attention_gpu
+from quire.pallas_kernels import attention_gpu, reference
+from quire.pallas_kernels.attention_gpu_heads import Preparation, write_heads
+from quire.pallas_kernels.attention_gpu_tile import Geometry
 from quire.pallas_kernels.checks import AttentionShape, KVPages
+from quire.pallas_kernels.heads import HeadNorms, split_heads
 from quire.pallas_kernels.registry import choose
 
 from .gpu_cases import (
@@ -104,6 +107,47 @@ def test_items_that_a_step_does_not_use_overwrite_nothing():
 def test_it_lowers_for_cuda(case: Case):
     lowered = jax.jit(on_device(case)).trace(*shapes_of(case)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("mosaic_gpu") >= (3 if case.items else 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "group-of-7", "tiny"])
+@pytest.mark.parametrize("parts", ["", "rotated", "rotated normed"])
+def test_heads_and_cache_are_written_by_one_kernel(name: str, parts: str):
+    """Against heads.split_heads and reference.write_kv; padded tokens write no page."""
+    case = RUN[name]
+    inputs = make_inputs(case, [Row(1, 20, "causal"), Row(3, 14, "causal")], seed=3)
+    rng = np.random.default_rng(5)
+    tables = norms = None
+    if "rotated" in parts:
+        tables = tuple(rng.uniform(-1, 1, (2, case.tokens, case.head_dim)).astype(np.float32))
+    if "normed" in parts:
+        norms = HeadNorms(*rng.uniform(0.5, 2, (2, case.head_dim)).astype(np.float16))
+    row = [np.asarray(x, np.float32) for x in (inputs.q, inputs.k_new, inputs.v_new)]
+    qkv = np.concatenate([x.reshape(case.tokens, -1) for x in row], axis=1)
+    group, eps = case.heads // case.kv_heads, 1e-6
+    g = Geometry(
+        group, case.kv_heads, case.head_dim, case.value_dim, case.page_size,
+        jnp.dtype(case.kv_dtype), 1.0, None, True,
+    )  # fmt: skip
+
+    def kernel(qkv: jax.Array, kv: KVPages) -> tuple[jax.Array, KVPages]:
+        return write_heads(qkv, kv, inputs.batch, Preparation(tables, norms, eps), g)
+
+    def plain(qkv: jax.Array, kv: KVPages) -> tuple[jax.Array, KVPages]:
+        q, k, v = split_heads(qkv, case.kv_heads, case.head_dim, tables, norms, eps)
+        return q, reference.write_kv(k, v, kv, inputs.batch)
+
+    with interpreted():
+        q, kv = jax.tree.map(np.asarray, jax.jit(kernel)(qkv, inputs.kv))
+    want, want_kv = jax.tree.map(np.asarray, jax.jit(plain)(qkv, inputs.kv))
+    by_head = want.reshape(case.tokens, case.kv_heads, group, -1).swapaxes(0, 1)
+    real = slice(inputs.num_tokens)
+    # Half a unit in the last place of the cache's dtype, of whatever size.
+    bound = float(jnp.finfo(case.kv_dtype).eps)
+    pairs = [(q[:, real, :group], by_head[:, real]), *zip(kv, want_kv, strict=True)]
+    for actual, expected in pairs:
+        np.testing.assert_allclose(
+            actual.astype(np.float32), expected.astype(np.float32), rtol=bound, atol=bound
+        )
 
 
 def test_what_the_interpreter_does_otherwise():

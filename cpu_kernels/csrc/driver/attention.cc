@@ -121,7 +121,7 @@ World draw(Random& random) {
   for (int64_t i = 0; i < num_requests; ++i) {
     Request request = {};
     request.past = random.chance(15) ? random.between(300, 1700) : random.between(0, 150);
-    request.fresh = random.chance(50) ? 1 : random.between(2, 40);
+    request.fresh = random.chance(50) ? 1 : random.between(2, random.chance(20) ? 150 : 40);
     request.window = random.chance(30) ? random.between(1, 700) : 1 << 20;
     request.first = world.tokens;
     const int64_t length = request.past + request.fresh;
@@ -307,7 +307,7 @@ void compare_cache(Case& result, const World& world, const Step& step, const Res
 
 // One head of one query against the keys as they are in the cache.
 void compare_head(Case& result, const World& world, const Step& step, const Result& found, size_t i,
-                  int64_t head) {
+                  int64_t head, bool is_rounded) {
   const Attention& shape = world.shape;
   const auto q = prepared(world, step.token[i], head * shape.head_dim, world.q_norm);
   const int64_t kv_head = head / (shape.heads / shape.kv_heads);
@@ -324,7 +324,9 @@ void compare_head(Case& result, const World& world, const Step& step, const Resu
       size += std::abs(term);
     }
     // Each factor is off by a few units (norm: a sum of head_dim squares), and so is the sum.
-    score_error = std::max(score_error, size * static_cast<double>(2 * shape.head_dim + 32) * 0x1p-24);
+    // In halves of bf16, 16 bits of q are kept, and the product of both second halves is left out.
+    const double unit = static_cast<double>(2 * shape.head_dim + 32) * 0x1p-24 + (is_rounded ? 0x1.8p-15 : 0.0);
+    score_error = std::max(score_error, size * unit);
     if (shape.soft_cap != 0.0f) score = shape.soft_cap * std::tanh(score / shape.soft_cap);
     const double weight = std::exp(score);
     total += weight;
@@ -337,7 +339,9 @@ void compare_head(Case& result, const World& world, const Step& step, const Resu
   // Weights are off by e^error - 1, in the sum and in the total; each has an exponential or two, and
   // its sum as many additions as there are keys in a chunk and chunks in the range.
   const double error = 2 * score_error + (shape.soft_cap != 0.0f ? 4e-6 * shape.soft_cap : 0.0) + 3e-6 +
-                       static_cast<double>(step.to[i] - step.from[i]) * 0x1p-24;
+                       static_cast<double>(step.to[i] - step.from[i]) * 0x1p-24 +
+                       // Half a unit of bf16 of the weight and of the value.
+                       (is_rounded ? 0x1.02p-7 : 0.0);
   for (int64_t j = 0; j < shape.value_dim; ++j) {
     const int64_t at = (static_cast<int64_t>(i) * shape.heads + head) * shape.value_dim + j;
     const double norm = total == 0.0 ? 1.0 : total;
@@ -356,6 +360,7 @@ void check_attention(const Kernels& level, uint64_t seed, Threads& pool) {
   const Step step = arrange(random, world, all);
   const Result found = run(level, world, step, pool, 1);
   compare_cache(result, world, step, found);
+  const bool is_rounded = level.has_tiles && world.shape.kv_dtype != Dtype::kF32;
   const int64_t row_size = world.shape.heads * world.shape.value_dim;
   std::vector<const float*> out_of(world.tokens);
   for (size_t i = 0; i < step.token.size(); ++i) {
@@ -363,7 +368,7 @@ void check_attention(const Kernels& level, uint64_t seed, Threads& pool) {
     if (step.token[i] >= 0) {
       out_of[step.token[i]] = out;
       for (int64_t head = 0; head < world.shape.heads && !result.has_failed(); ++head) {
-        compare_head(result, world, step, found, i, head);
+        compare_head(result, world, step, found, i, head, is_rounded);
       }
     } else if (std::any_of(out, out + row_size, [](float value) { return value != 0.0f; })) {
       result.fail("out of a padded token is not 0");
