@@ -183,6 +183,17 @@ def test_options_that_cannot_be_are_one_line_and_exit_code_2(
     assert the_error(capsys).startswith(message)
 
 
+def test_devices_share_a_model_and_say_so():
+    options = ("--prompt", "x", "--max-tokens", "4", "--temperature", "0", "--dtype", "float32")
+    done = run(
+        "generate", str(MODEL), *options, *SMALL, "--tensor-parallel-size", "2",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 devices share the model; sizes below are those of each" in done.stderr
+    assert done.stdout == run("generate", str(MODEL), *options, *SMALL).stdout
+
+
 def test_an_error_ends_the_process_without_a_traceback():
     done = run("generate", "/no/such/model", "--prompt", "x")
     assert (done.returncode, done.stdout) == (2, "")
