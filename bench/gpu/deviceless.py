@@ -17,6 +17,10 @@ from typing import Any
 
 TARGET = Path(__file__).parent / "h200.txtpb"  # XLA's own description of the device
 _THUNK = re.compile(r"^( *)\d{3}: (k\w+)\s+(?:\[[^\]]*\]\s*)?(\S*)")
+_NO_KERNELS = (
+    "kCommandBuffer", "kWhile", "kConditional", "kSequential", "kAllReduce", "kAsync",
+    "kPartitionId",
+)  # fmt: skip
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -114,9 +118,8 @@ class Program:
 
     @property
     def kernels(self) -> list[str]:
-        """Names of what is launched, in order: kernels and copies, no loops and no graphs."""
-        frames = ("kCommandBuffer", "kWhile", "kConditional", "kSequential", "kAllReduce")
-        return [t.name for t in self.thunks if t.kind not in frames]
+        """Names of what computes or copies, in order: no loops, graphs or exchanges of devices."""
+        return [t.name for t in self.thunks if not t.kind.startswith(_NO_KERNELS)]
 
     @property
     def num_all_reduces(self) -> int:
