@@ -3,8 +3,8 @@
 The kernels are Pallas Mosaic GPU, whose import takes a second: only who runs them pays it.
 """
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,11 @@ _TILE_ROWS, _TILES_PER_ITEM = 64, 2
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
+    """out_dtype: of the result, once the op is called."""
+
     units: Units
     items: Items | None  # None where no step of this size has any
+    out_dtype: Any = field(default=None, metadata={"static": True})
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ class Kernels:
         g = self._geometry(heads, kv, spec)
         grouped = fit(q, g.dtype).reshape(tokens, g.kv_heads, g.group, head_dim).swapaxes(0, 1)
         grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, -g.group % 8), (0, 0)))
-        out = self._attend(grouped, kv, batch, plan, g, sinks)
-        return out.reshape(tokens, heads, -1).astype(q.dtype), kv
+        out = self._attend(grouped, kv, batch, replace(plan, out_dtype=q.dtype), g, sinks)
+        return out.reshape(tokens, heads, -1), kv
 
     def attend(
         self,
@@ -107,7 +110,8 @@ class Kernels:
             return out.reshape(out.shape[0], -1), kv
         prepared = attention_gpu_heads.Preparation(tables, norms, spec.norm_epsilon)
         q, kv = attention_gpu_heads.write_heads(qkv, kv, batch, prepared, g)
-        return self._attend(q, kv, batch, plan, g, sinks).astype(qkv.dtype), kv
+        plan = replace(plan, out_dtype=spec.read_as or qkv.dtype)
+        return self._attend(q, kv, batch, plan, g, sinks), kv
 
     def _attend(
         self,
@@ -118,14 +122,14 @@ class Kernels:
         g: "Geometry",
         sinks: jax.Array | None,
     ) -> jax.Array:  # [tokens, heads * value_dim]
-        """Of a cache that is written. f32, or the cache's dtype where a step may have items."""
+        """Of a cache that is written; in plan.out_dtype."""
         from . import attention_gpu_decode as decode
         from . import attention_gpu_prefill as prefill
 
         units, items, blocks = plan.units, plan.items, self.sizes.num_sms
         fitted = decode.geometry(replace(g, keys=self.sizes.decode.keys), self.sizes)
         parts = decode.attend_units(q, kv, batch.page_table, units, fitted, blocks)
-        singles = decode.combine(parts, units, sinks, fitted)
+        singles = decode.combine(parts, units, sinks, fitted, plan.out_dtype)
         if items is None:
             return singles
         fitted = prefill.geometry(replace(g, keys=self.sizes.prefill.keys), self.sizes)
@@ -136,10 +140,10 @@ class Kernels:
         tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
         work = prefill.Work(tiles, batch.page_table, items)
         out = prefill.attend_items(work, kv, sinks, fitted, q.shape[1], blocks)
-        out = out.reshape(q.shape[1], -1)
+        out = out.reshape(q.shape[1], -1).astype(plan.out_dtype)
         rows = singles.shape[0]
         is_single = jnp.arange(rows)[:, None] < batch.num_single
-        return out.at[:rows].set(jnp.where(is_single, singles.astype(out.dtype), out[:rows]))
+        return out.at[:rows].set(jnp.where(is_single, singles, out[:rows]))
 
     def _geometry(self, heads: int, kv: KVPages, spec: AttentionSpec) -> "Geometry":
         from .attention_gpu_tile import Geometry

@@ -314,14 +314,15 @@ def combine(
     units: Units,
     sinks: jax.Array | None,  # f32[heads]
     g: Geometry,
-) -> jax.Array:  # f32[rows, heads * value_dim]
+    dtype: Any,
+) -> jax.Array:  # [rows, heads * value_dim] in dtype
     """What each row's parts give together; zeros for a row that sees nothing."""
     rows, width = units.spans.shape[0], g.kv_heads * g.group * g.value_dim
     columns = -(-width // COLUMNS)
     kernel = launch(
         partial(_combine_body, g, columns),
         g,
-        jax.ShapeDtypeStruct((rows, columns * COLUMNS), jnp.float32),
+        jax.ShapeDtypeStruct((rows, columns * COLUMNS), dtype),
         rows * columns,
         1,
         {},
@@ -385,7 +386,8 @@ def _combine_body(g: Geometry, columns: int, out: Any, statistics: Any, *refs: A
         state = (_line(LOWEST), _line(0.0), _line(0.0))
     batches = lax.div(number + (PARTS_AT_ONCE - 1), jnp.int32(PARTS_AT_ONCE))
     _, total, acc = lax.fori_loop(0, batches, batch, state)
-    result[row, pl.ds(begin, COLUMNS)] = acc / jnp.where(total == 0.0, _line(1.0), total)
+    out_numbers = acc / jnp.where(total == 0.0, _line(1.0), total)
+    result[row, pl.ds(begin, COLUMNS)] = out_numbers.astype(result.dtype)
 
 
 _LINE = plgpu.Layout.WG_STRIDED((COLUMNS,), vec_size=1)

@@ -34,6 +34,8 @@ class AttentionSpec:
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     value_dim: int | None = None  # needed for a latent cache, where v is None
     norm_epsilon: float = 0.0  # of the norms of each head, if there are any
+    # What reads the output of Ops.attend rounds it to this: it may come in it. None: q's dtype.
+    read_as: Any = None
 
 
 @dataclass(frozen=True)

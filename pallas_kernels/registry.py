@@ -5,7 +5,7 @@ layers as an argument. To add a kernel: one file, one line here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -126,6 +126,7 @@ class Ops:
     linear: Linear
     queries_per_item: int = QUERIES_PER_ITEM
     group: int = 1  # query heads of a kv head, if the model is known
+    dtype: Any = None  # of the weights, to which the output of attention is rounded by who reads it
 
     @property
     def is_padding_free(self) -> bool:
@@ -151,6 +152,7 @@ class Ops:
         _, kv_heads, _, head_dim = kv.k.shape
         check_attend(qkv, kv, step.batch, spec)
         if self.attention.attend is not None:
+            spec = replace(spec, read_as=self.dtype)
             return self.attention.attend(qkv, kv, *step, spec, tables, norms, None)
         heads = split_heads(qkv, kv_heads, head_dim, tables, norms, spec.norm_epsilon)
         out, kv = self.attention.run(*heads, kv, *step, spec, None)
@@ -205,4 +207,5 @@ def choose(
     chosen, product = fitting[0], products[0]
     if shape is None:
         return Ops(chosen, product)
-    return Ops(chosen, product, chosen.queries_per_item(shape), shape.heads // shape.kv_heads)
+    group = shape.heads // shape.kv_heads
+    return Ops(chosen, product, chosen.queries_per_item(shape), group, jnp.dtype(dtype))
