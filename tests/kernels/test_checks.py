@@ -144,7 +144,10 @@ def test_choose_takes_the_first_that_fits_and_names_the_rest():
     assert choose("cpu", attention="jnp").attention.name == "jnp"
     assert choose("cuda").names() == {"paged_attention": "jnp", "linear": "xla"}
     assert choose("cuda", attention="reference").attention.run is reference.paged_attention
-    message = r"no paged_attention named 'fast' for 'cpu'; there are mosaic \(cuda\), native \(cpu\), jnp \(cpu/cuda\), "
+    message = (
+        r"no paged_attention named 'fast' for 'cpu'; there are mosaic \(cuda\), native \(cpu\), "
+        r"jnp \(cpu/cuda\), "
+    )
     with pytest.raises(LookupError, match=message):
         choose("cpu", attention="fast")
 
