@@ -1,9 +1,9 @@
 """Attention of rows with one query: flash-decoding over units of work, and the sum of their parts.
 
 A block of the grid takes one (unit, kv head) of the plan after the other: one warpgroup keeps the
-ring of tiles full, two attend to the even and the odd tiles of a unit.
-Each leaves a part: an output that is not divided yet, its maximum and its total, of real heads
-only. A second kernel adds up a row's parts in their order.
+ring of tiles full, two (of wide heads one) attend to every other tile of a unit. Each leaves a
+part: an output that is not divided yet, its maximum and its total, of real heads only. A second
+kernel adds up a row's parts in their order.
 """
 
 from dataclasses import replace
@@ -37,12 +37,12 @@ from .attention_gpu_tile import (
 from .checks import KVPages
 from .tuning import Sizes, stages_that_fit
 
-CONSUMERS = 2
-PRODUCER = CONSUMERS  # the last warpgroup
 # TMA moves whole multiples of 128 bytes: heads of a part's maximum and total.
 STATISTICS = 32
 COLUMNS = 128  # of the output, per block of the second kernel
 PARTS_AT_ONCE = 8  # loads in flight: they wait for memory together
+# Numbers of a head with which two computing warpgroups find registers enough.
+_MOST_OF_TWO = 192
 
 
 class Inputs(NamedTuple):
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What units leave, CONSUMERS each."""
+    """What units leave, one for each consumer."""
 
     out: Any  # f32[parts, kv_heads, group, value_dim]
     statistics: Any  # f32[parts, kv_heads, 2, STATISTICS]: maximum, total of each head
@@ -69,9 +69,9 @@ class Scratch(NamedTuple):
     q: Any  # [slots, ROWS, head_dim]
     k: Any  # [stages, keys, head_dim]
     v: Any  # [stages, keys, value_dim]
-    weights: Any  # [CONSUMERS, ROWS, keys], see ValueTile
-    out: Any  # f32[CONSUMERS, ROWS, 64 or less]
-    statistics: Any  # f32[CONSUMERS, 2, ROWS]
+    weights: Any  # [consumers, ROWS, keys], see ValueTile
+    out: Any  # f32[consumers, ROWS, 64 or less]
+    statistics: Any  # f32[consumers, 2, ROWS]
     q_ready: Any
     q_free: Any
     k_ready: Any
@@ -97,7 +97,7 @@ def attend_units(
 ) -> Parts:
     """The parts of all units; those past the count are left as they were."""
     # One more than there are: `combine` may read a little past the last.
-    num_parts = units.records.shape[0] * CONSUMERS + 1
+    num_parts = units.records.shape[0] * g.consumers + 1
     shapes = Parts(
         jax.ShapeDtypeStruct((num_parts, g.kv_heads, g.group, g.value_dim), jnp.float32),
         jax.ShapeDtypeStruct((num_parts, g.kv_heads, 2, STATISTICS), jnp.float32),
@@ -107,31 +107,32 @@ def attend_units(
         q=swizzled((g.q_slots, ROWS, g.head_dim), g.dtype),
         k=swizzled((*ring, g.head_dim), g.dtype),
         v=swizzled((*ring, g.value_dim), g.dtype),
-        weights=None if not g.is_interpreted else swizzled((CONSUMERS, ROWS, g.keys), g.dtype),
-        out=plgpu.SMEM((CONSUMERS, ROWS, store_columns(g)), jnp.float32),
-        statistics=plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.float32),
+        weights=None if not g.is_interpreted else swizzled((g.consumers, ROWS, g.keys), g.dtype),
+        out=plgpu.SMEM((g.consumers, ROWS, store_columns(g)), jnp.float32),
+        statistics=plgpu.SMEM((g.consumers, 2, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=g.q_slots),
-        q_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=g.q_slots),
+        q_free=plgpu.Barrier(num_arrivals=g.consumers, num_barriers=g.q_slots),
         k_ready=plgpu.Barrier(num_arrivals=g.pages, num_barriers=g.stages),
         v_ready=plgpu.Barrier(num_arrivals=g.pages, num_barriers=g.stages),
         free=plgpu.Barrier(num_barriers=g.stages),
     )
     kernel = launch(
-        partial(_body, g, blocks), g, list(shapes), blocks, CONSUMERS + 1, scratch._asdict()
+        partial(_body, g, blocks), g, list(shapes), blocks, g.consumers + 1, scratch._asdict()
     )
     return Parts(*kernel(q, *kv, table, units.records, units.count))
 
 
 def geometry(g: Geometry, sizes: Sizes) -> Geometry:
-    """g with the tiles that fit into shared memory"""
+    """g with the tiles that fit into shared memory, and the warpgroups that fit into registers."""
+    # Two would spill at 256: the sums of values alone take 128 registers of a thread.
+    g = replace(g, consumers=1 if max(g.head_dim, g.value_dim) > _MOST_OF_TWO else 2)
     item = jnp.dtype(g.dtype).itemsize
-    stage = CONSUMERS * g.keys * (g.head_dim + g.value_dim) * item
-    store = CONSUMERS * ROWS * store_columns(g) * 4
+    stage = g.consumers * g.keys * (g.head_dim + g.value_dim) * item
     for slots in (2, 1):
-        other = slots * ROWS * g.head_dim * item + store
-        stages = stages_that_fit(sizes, stage, other, sizes.decode.most_stages // CONSUMERS)
+        other = slots * ROWS * g.head_dim * item + g.consumers * ROWS * store_columns(g) * 4
+        stages = stages_that_fit(sizes, stage, other, sizes.decode.most_stages // g.consumers)
         if stages:
-            return replace(g, stages=CONSUMERS * stages, q_slots=slots)
+            return replace(g, stages=g.consumers * stages, q_slots=slots)
     raise ValueError(f"no tile of {g} fits into shared memory")
 
 
@@ -140,14 +141,16 @@ def _body(g: Geometry, blocks: int, *refs: Any, **scratch: Any) -> None:
     smem = Scratch(**{"weights": None, **scratch})
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup == PRODUCER)
+    @pl.when(warpgroup == g.consumers)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        if g.consumers > 1:  # otherwise there are registers enough for all
+            plgpu.set_max_registers(40, action="decrease")
         _produce(g, blocks, inputs, smem)
 
-    @pl.when(warpgroup != PRODUCER)
+    @pl.when(warpgroup != g.consumers)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        if g.consumers > 1:
+            plgpu.set_max_registers(232, action="increase")
         _consume(g, blocks, inputs, parts, smem)
 
 
@@ -189,7 +192,7 @@ def _produce(g: Geometry, blocks: int, inputs: Inputs, smem: Scratch) -> None:
         )
 
         def tile(i: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            consumer = lax.rem(i - u.first, jnp.int32(CONSUMERS))
+            consumer = lax.rem(i - u.first, jnp.int32(g.consumers))
             before: Any = jnp.where(consumer == 0, done[0], done[1])
             stage = _stage(g, consumer, before)
             # The last tile may pass the table's end: any page will do, nobody sees those keys.
@@ -197,7 +200,7 @@ def _produce(g: Geometry, blocks: int, inputs: Inputs, smem: Scratch) -> None:
                 inputs.table[u.row, jnp.minimum(i * g.pages + j, last_page)] for j in range(g.pages)
             ]
 
-            @pl.when(before >= g.stages // CONSUMERS)
+            @pl.when(before >= g.stages // g.consumers)
             def _() -> None:
                 plgpu.barrier_wait(smem.free.at[stage])
 
@@ -223,9 +226,9 @@ def _produce(g: Geometry, blocks: int, inputs: Inputs, smem: Scratch) -> None:
     def _(turn: jax.Array) -> None:
         plgpu.barrier_wait(smem.q_free.at[lax.rem(turn, jnp.int32(g.q_slots))])
 
-    for consumer, used in enumerate(done):
+    for consumer, used in enumerate(done[: g.consumers]):
 
-        @pl.loop(jnp.maximum(used - g.stages // CONSUMERS, 0), used)
+        @pl.loop(jnp.maximum(used - g.stages // g.consumers, 0), used)
         def _(before: jax.Array, consumer: int = consumer) -> None:
             plgpu.barrier_wait(smem.free.at[_stage(g, consumer, before)])
 
@@ -234,7 +237,7 @@ def _stage(g: Geometry, consumer: Any, before: jax.Array) -> jax.Array:
     """Where a consumer's tile lies that comes after `before` others. Each has stages of its own: a
     warpgroup follows the phases of a barrier only if it waits for every one.
     """
-    own = g.stages // CONSUMERS
+    own = g.stages // g.consumers
     return consumer * own + lax.rem(before, jnp.int32(own))
 
 
@@ -247,7 +250,7 @@ def _consume(g: Geometry, blocks: int, inputs: Inputs, parts: Parts, smem: Scrat
         plgpu.barrier_wait(smem.q_ready.at[slot])
 
         def tile(step: jax.Array, state: Any) -> Any:
-            i = u.first + CONSUMERS * step + me
+            i = u.first + g.consumers * step + me
             stage = _stage(g, me, done + step)
             v, v_ready = smem.v.at[stage], smem.v_ready.at[stage]
             begin = i * g.keys
@@ -276,7 +279,7 @@ def _consume(g: Geometry, blocks: int, inputs: Inputs, parts: Parts, smem: Scrat
             plgpu.barrier_arrive(smem.free.at[stage])
             return state
 
-        tiles = lax.div(u.end - u.first - me + 1, jnp.int32(CONSUMERS))
+        tiles = lax.div(u.end - u.first - me + (g.consumers - 1), jnp.int32(g.consumers))
         state = lax.fori_loop(0, tiles, tile, empty(g))
         plgpu.barrier_arrive(smem.q_free.at[slot])
         _store(g, parts, smem, u, state)
@@ -289,7 +292,7 @@ def _consume(g: Geometry, blocks: int, inputs: Inputs, parts: Parts, smem: Scrat
 def _store(g: Geometry, parts: Parts, smem: Scratch, u: Unit, state: Any) -> None:
     """The real heads' rows of a part, some columns at a time."""
     me = lax.axis_index("warpgroup")
-    part = u.number * CONSUMERS + me
+    part = u.number * g.consumers + me
     columns = smem.out.shape[-1]
     for at in range(0, g.value_dim, columns):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -337,7 +340,7 @@ def _combine_body(g: Geometry, columns: int, out: Any, statistics: Any, *refs: A
     spans, *sinks, result = refs
     block, heads = lax.axis_index("block"), g.kv_heads * g.group
     row, begin = lax.div(block, jnp.int32(columns)), lax.rem(block, jnp.int32(columns)) * COLUMNS
-    first, number = spans[row, 0] * CONSUMERS, spans[row, 1] * CONSUMERS
+    first, number = spans[row, 0] * g.consumers, spans[row, 1] * g.consumers
     head = lax.div(begin, jnp.int32(g.value_dim))
     most_heads = 1 if g.value_dim % COLUMNS == 0 else (COLUMNS - 1) // g.value_dim + 2
     position = plgpu.layout_cast(lax.iota(jnp.int32, COLUMNS), _LINE) + begin

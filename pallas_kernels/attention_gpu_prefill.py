@@ -165,14 +165,17 @@ def _body(g: Geometry, blocks: int, has_sinks: bool, *refs: Any, **scratch: Any)
     smem = Scratch(**{"weights": None, **scratch})
     warpgroup = lax.axis_index("warpgroup")
 
+    # Of a thread. Wide heads need the last ones, and have few pages in a tile to copy.
+    copying, computing = (24, 240) if g.value_dim > 192 else (40, 232)
+
     @pl.when(warpgroup == PRODUCER)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(copying, action="decrease")
         _produce(g, blocks, arrays, smem)
 
     @pl.when(warpgroup != PRODUCER)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(computing, action="increase")
         _consume(g, blocks, arrays, out, smem)
 
 

@@ -31,7 +31,7 @@ class Geometry:
     """Static facts of one launch.
 
     keys: of a tile; stages: tiles of K and V in shared memory; q_slots: tiles of q there;
-    out_columns: of the output there.
+    out_columns: of the output there; consumers: warpgroups that compute parts of one unit.
     """
 
     group: int  # query heads that share a kv head
@@ -47,6 +47,7 @@ class Geometry:
     stages: int = 0
     q_slots: int = 0
     out_columns: int = 0
+    consumers: int = 2
 
     @property
     def pages(self) -> int:

@@ -5,15 +5,13 @@ The kernel itself (linear_gpu_kernel.py) is Pallas Mosaic GPU, whose import take
 runs it pays that. It knows nothing of layers, norms and meshes.
 """
 
-import json
-from dataclasses import dataclass, fields
-from functools import cache
-from importlib import resources
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from .checks import LinearSpec, check_linear
+from .tuning import Sizes, stages_that_fit
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 TOKEN_STEP = 8  # tokens are padded to a multiple: rows of a swizzled tile in shared memory
@@ -23,39 +21,6 @@ _LEFT_ROWS = 64  # of one wgmma: tokens are its left operand
 _MOST_OUTPUTS = 256  # of one wgmma
 _MOST_SUMS = 128  # registers of a thread for sums, half of what it has
 _THREADS = 128
-# What barriers and the alignment of each array take at most.
-_RESERVED_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class LinearSizes:
-    """Of the kernel on one device. measured: whether a run on the device stands behind them.
-
-    columns: of a stage, or 64; least_stages: with fewer a tile is not taken; token_cost: what a row
-    of x costs a tile, in rows of W (x comes from the L2 cache, W from memory); pair_x_rows: from so
-    many rows of x on, two blocks read them together; overlaps_launch: weights are asked for before
-    the kernel in front has ended.
-    """
-
-    device: str
-    measured: bool
-    num_sms: int
-    shared_memory_bytes: int  # that one block may use
-    most_tokens: int
-    columns: int
-    least_stages: int
-    most_stages: int
-    token_cost: float
-    pair_x_rows: int
-    overlaps_launch: bool
-
-
-@cache
-def load_sizes(name: str) -> LinearSizes:
-    """tuned/linear_<name>.json; its `why` is for its reader."""
-    text = (resources.files(__package__) / "tuned" / f"linear_{name}.json").read_text("utf-8")
-    values = json.loads(text)
-    return LinearSizes(**{field.name: values[field.name] for field in fields(LinearSizes)})
 
 
 @dataclass(frozen=True)
@@ -108,13 +73,13 @@ class Tiling:
 class Kernel:
     """The implementation for one device. is_interpreted: run on CPU, for tests."""
 
-    sizes: LinearSizes
+    sizes: Sizes
     is_interpreted: bool = False
 
     def serves(self, tokens: int, w: jax.Array, spec: LinearSpec) -> bool:
         """Few tokens, 16-bit weights, and whole tiles. w: [out, in]."""
         outputs, inputs = w.shape
-        if not 1 <= tokens <= self.sizes.most_tokens or w.dtype not in DTYPES:
+        if not 1 <= tokens <= self.sizes.linear.most_tokens or w.dtype not in DTYPES:
             return False
         problem = Problem(_round_up(tokens, TOKEN_STEP), inputs, outputs, spec)
         is_whole = inputs % _INPUT_STEP == 0 and problem.width % ROW_STEP == 0
@@ -149,7 +114,7 @@ class Kernel:
         return y[:tokens]
 
 
-def choose_tiling(problem: Problem, sizes: LinearSizes) -> Tiling | None:
+def choose_tiling(problem: Problem, sizes: Sizes) -> Tiling | None:
     """The tiles of least cost, the largest among equals; None if none fits."""
     matrices = 2 if problem.spec.is_gated else 1
     sums = problem.left_rows * matrices  # times rows, of a block
@@ -157,7 +122,7 @@ def choose_tiling(problem: Problem, sizes: LinearSizes) -> Tiling | None:
 
     def cost(tiling: Tiling) -> float:
         readers = 2 if tiling.is_paired else 1
-        work = tiling.rows * matrices + sizes.token_cost * problem.x_rows / readers
+        work = tiling.rows * matrices + sizes.linear.token_cost * problem.x_rows / readers
         return -(-tiling.tiles // tiling.blocks) * work
 
     sizes_of_tiles = [r for r in range(ROW_STEP, most + 1, ROW_STEP) if problem.width % r == 0]
@@ -165,19 +130,19 @@ def choose_tiling(problem: Problem, sizes: LinearSizes) -> Tiling | None:
     return min((t for t in fitting if t is not None), key=cost, default=None)
 
 
-def _tiling(problem: Problem, sizes: LinearSizes, rows: int) -> Tiling | None:
+def _tiling(problem: Problem, sizes: Sizes, rows: int) -> Tiling | None:
     """With tiles of so many rows and the widest stages of which enough fit."""
     tiles = problem.width // rows
     matrices, itemsize = (2, 2) if problem.spec.is_gated else (1, 4)
-    room = sizes.shared_memory_bytes - _RESERVED_BYTES - problem.result_rows * rows * itemsize
-    for columns in (sizes.columns, _INPUT_STEP):
+    result_bytes = problem.result_rows * rows * itemsize
+    for columns in (sizes.linear.columns, _INPUT_STEP):
         stage_bytes = (problem.left_rows + matrices * rows) * columns * 2
-        stages = min(room // stage_bytes, sizes.most_stages)
-        if problem.inputs % columns == 0 and stages >= sizes.least_stages:
+        stages = stages_that_fit(sizes, stage_bytes, result_bytes, sizes.linear.most_stages)
+        if problem.inputs % columns == 0 and stages >= sizes.linear.least_stages:
             blocks = min(tiles, sizes.num_sms)
             # Each block of a pair loads half of the rows, and both have the same way to go.
             halves = problem.x_rows % (2 * TOKEN_STEP) == tiles % 2 == blocks % 2 == 0
-            is_paired = halves and problem.x_rows >= sizes.pair_x_rows
+            is_paired = halves and problem.x_rows >= sizes.linear.pair_x_rows
             return Tiling(rows, columns, stages, tiles, blocks, is_paired)
     return None
 

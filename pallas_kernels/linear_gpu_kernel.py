@@ -49,7 +49,7 @@ def build(problem: Problem, tiling: Tiling, kernel: Kernel, dtype: Any) -> Calla
     """A function of x, w and, where there are any, bias and residual."""
     spec = problem.spec
     made = dtype if spec.is_gated else jnp.float32
-    walk = _Walk(problem, tiling, kernel.sizes.overlaps_launch and not kernel.is_interpreted)
+    walk = _Walk(problem, tiling, kernel.sizes.linear.overlaps_launch and not kernel.is_interpreted)
 
     def linear(*arrays: Any, **scratch: Any) -> None:
         x, w, *rest, y = arrays

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ..cpu_kernels import ops
 from ..cpu_kernels.library import Library, Missing
 from ..cpu_kernels.library import load as cpu_library
-from . import attention_cpu, attention_gpu, attention_jnp, linear_gpu, reference
+from . import attention_cpu, attention_gpu, attention_jnp, linear_gpu, reference, tuning
 from .checks import (
     QUERIES_PER_ITEM,
     AttentionBatch,
@@ -103,7 +103,7 @@ class Linear:
         )
 
 
-_SIZES = linear_gpu.load_sizes("h200")
+_SIZES = tuning.load("h200")
 LINEAR = (
     Linear("native", ("cpu",), (jnp.bfloat16, jnp.float32), needs_library=True),
     Linear("mosaic", ("cuda",), linear_gpu.DTYPES, linear_gpu.Kernel(_SIZES)),

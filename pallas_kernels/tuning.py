@@ -37,6 +37,25 @@ class PrefillSizes:
 
 
 @dataclass(frozen=True)
+class LinearSizes:
+    """Of the kernel of products of few tokens.
+
+    columns: of a stage, or 64; least_stages: with fewer a tile is not taken; token_cost: what a row
+    of x costs a tile, in rows of W (x comes from the L2 cache, W from memory); pair_x_rows: from so
+    many rows of x on, two blocks read them together; overlaps_launch: weights are asked for before
+    the kernel in front has ended.
+    """
+
+    most_tokens: int
+    columns: int
+    least_stages: int
+    most_stages: int
+    token_cost: float
+    pair_x_rows: int
+    overlaps_launch: bool
+
+
+@dataclass(frozen=True)
 class Sizes:
     """measured: whether a run on the device stands behind the numbers."""
 
@@ -46,6 +65,10 @@ class Sizes:
     shared_memory_bytes: int  # that one block may use
     decode: DecodeSizes
     prefill: PrefillSizes
+    linear: LinearSizes
+
+
+_PARTS = {"decode": DecodeSizes, "prefill": PrefillSizes, "linear": LinearSizes}
 
 
 class TuningError(ValueError):
@@ -62,7 +85,7 @@ def load(name: str) -> Sizes:
 def parse(values: dict[str, Any], source: str) -> Sizes:
     """Sizes from a file's content. `why` is for its reader."""
     rest = {key: value for key, value in values.items() if key != "why"}
-    for key, kind in (("decode", DecodeSizes), ("prefill", PrefillSizes)):
+    for key, kind in _PARTS.items():
         rest[key] = _build(kind, rest.get(key, {}), f"{source}: {key}")
     sizes: Sizes = _build(Sizes, rest, source)
     for part in (sizes.decode, sizes.prefill):

@@ -9,12 +9,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from quire.bench.gpu.deviceless import compile_program, h200_devices, spilled_bytes
 from quire.layers.mesh import make_mesh
 from quire.pallas_kernels.checks import LinearSpec
-from quire.pallas_kernels.linear_gpu import Kernel, load_sizes
+from quire.pallas_kernels.linear_gpu import Kernel
+from quire.pallas_kernels.tuning import load
 
 pytestmark = pytest.mark.gpu_compile
 
 PLAIN, GATED, EXACT = LinearSpec(), LinearSpec(is_gated=True), LinearSpec(is_exact=True)
-KERNEL = Kernel(load_sizes("h200"))
+KERNEL = Kernel(load("h200"))
 
 # [out, in], spec, and whether there are a bias and a residual.
 PRODUCTS = {
@@ -62,7 +63,10 @@ def test_a_product_is_one_kernel_without_spills_or_copies(
 def test_it_compiles_for_float16_and_for_an_early_launch(
     name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    early = replace(KERNEL, sizes=replace(KERNEL.sizes, overlaps_launch=True))
+    early = replace(
+        KERNEL,
+        sizes=replace(KERNEL.sizes, linear=replace(KERNEL.sizes.linear, overlaps_launch=True)),
+    )
     for kernel in (KERNEL, early):
         compiled(kernel, name, 8, jnp.dtype(jnp.float16))
         assert spilled_bytes("".join(capfd.readouterr())) == [0]

@@ -63,6 +63,9 @@ COMPILED = RUN | {
     "256": replace(
         _REAL, heads=16, head_dim=256, value_dim=256, soft_cap=50.0, queries_per_item=64
     ),
+    "256-page-16": replace(
+        _REAL, page_size=16, width=512, heads=16, head_dim=256, value_dim=256, queries_per_item=64
+    ),
 }  # fmt: skip
 
 # Rows of each kind: one with one query that sees nothing, one page, several units; chunks of less

@@ -14,14 +14,13 @@ from quire.pallas_kernels import reference
 from quire.pallas_kernels.checks import ContractError, LinearSpec
 from quire.pallas_kernels.linear_gpu import (
     Kernel,
-    LinearSizes,
     Problem,
     Tiling,
     choose_tiling,
-    load_sizes,
 )
+from quire.pallas_kernels.tuning import Sizes, load
 
-H200 = load_sizes("h200")
+H200 = load("h200")
 PLAIN, GATED, EXACT = LinearSpec(), LinearSpec(is_gated=True), LinearSpec(is_exact=True)
 
 
@@ -38,7 +37,7 @@ class Case:
     dtype: Any = jnp.bfloat16
     sms: int = 3
 
-    def kernel(self, sizes: LinearSizes = H200) -> Kernel:
+    def kernel(self, sizes: Sizes = H200) -> Kernel:
         return Kernel(replace(sizes, num_sms=self.sms), is_interpreted=True)
 
     def arrays(self) -> tuple[Any, ...]:
@@ -93,7 +92,7 @@ def tiling(case: Case) -> Tiling:
     return made
 
 
-def run(case: Case, arrays: tuple[Any, ...], sizes: LinearSizes = H200) -> np.ndarray:
+def run(case: Case, arrays: tuple[Any, ...], sizes: Sizes = H200) -> np.ndarray:
     return np.asarray(jax.jit(lambda *a: case.kernel(sizes).run(*a, case.spec))(*arrays))
 
 

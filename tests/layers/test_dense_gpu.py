@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from quire.layers.dense_gpu import GpuWeight
 from quire.layers.linear import DenseWeight, Norm
-from quire.pallas_kernels.linear_gpu import Kernel, load_sizes
+from quire.pallas_kernels.linear_gpu import Kernel
+from quire.pallas_kernels.tuning import load
 
 HIDDEN, INNER = 64, 128
-KERNEL = Kernel(replace(load_sizes("h200"), num_sms=1), is_interpreted=True)
+KERNEL = Kernel(replace(load("h200"), num_sms=1), is_interpreted=True)
 COUNT = jnp.int32(1)
 
 
