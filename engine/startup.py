@@ -256,10 +256,13 @@ class Builder:
         )
 
 
-class _NoBar:
-    """Where there is no terminal."""
+class NoBar:
+    """Where nobody looks."""
 
-    def __enter__(self) -> "_NoBar":
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> "NoBar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -293,7 +296,7 @@ class _Told:
 def _bar(name: str, total: int, **options: Any) -> Any:
     """A progress bar, on a terminal only."""
     if sys.stderr is None or not sys.stderr.isatty():
-        return _NoBar()
+        return NoBar()
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=name, leave=False, **options)

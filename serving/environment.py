@@ -1,7 +1,6 @@
 """What `quire env` prints: the facts that decide how quire runs here, for a bug report."""
 
 import os
-import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -13,12 +12,18 @@ from ..engine.compiler import default_cache_dir
 from ..engine.errors import ConfigError
 from ..engine.memory import format_bytes, host_memory
 from ..engine.processors import describe_kernels
+from ..pallas_kernels.checks import AttentionShape
 from ..pallas_kernels.registry import choose, cpu_library
 
 _PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy", "tokenizers",
     "transformers", "safetensors", "orbax-checkpoint", "grpcio", "protobuf",
 )  # fmt: skip
+
+# Of most models; `quire serve` says what its own model gets.
+_COMMON = AttentionShape(
+    heads=32, kv_heads=8, head_dim=128, value_dim=128, page_size=64, kv_dtype=jnp.float16
+)
 
 
 def describe() -> dict[str, str]:
@@ -27,8 +32,8 @@ def describe() -> dict[str, str]:
     backend = jax.default_backend()
     memory = host_memory()
     try:
-        # As for most models; `quire serve` says what its own model gets.
-        ops = choose("cuda" if backend == "gpu" else backend, dtype=jnp.bfloat16).names()
+        name = "cuda" if backend == "gpu" else backend
+        ops = choose(name, dtype=jnp.bfloat16, shape=_COMMON).names()
     except LookupError as error:
         raise ConfigError(str(error)) from error
     return {

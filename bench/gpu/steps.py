@@ -23,7 +23,7 @@ from ...engine.request import Request
 from ...engine.row_packer import pack_row, row_needs
 from ...engine.runner import ROWS_PER_UPDATE, Runner
 from ...engine.sampling_params import SamplingParams
-from ...engine.startup import Builder
+from ...engine.startup import Builder, NoBar
 from ...engine.step_plan import Chunk, StepPlan
 from ...layers import rows as row_state
 from ...layers.batch import TOKEN_ON_DEVICE
@@ -111,20 +111,6 @@ class Model:
 
 # Pages for 64 sequences of the longest context; more is not tried.
 MAX_BATCH_PAGES = 64 * -(-MAX_MODEL_LEN // 64)
-
-
-class NoBar:
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __enter__(self) -> "NoBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, _: int = 1) -> None:
-        pass
 
 
 def decode_steps(model: Model, results: Results, ceilings: Ceilings) -> None:
