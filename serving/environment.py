@@ -1,6 +1,7 @@
 """What `quire env` prints: the facts that decide how quire runs here, for a bug report."""
 
 import os
+import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
