@@ -95,7 +95,9 @@ bench: .venv/installed
 # jax's plugin and ptxas without the libraries that only a GPU needs: 400 MB instead of 4 GB.
 GPU_COMPILER = --no-deps jax-cuda13-plugin==$$v jax-cuda13-pjrt==$$v 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*'
 
-.venv-gpu/installed .venv-jax-$(OLDEST_JAX)/installed: pyproject.toml
+# After .venv: the C++ kernels in this folder are built for the jaxlib of the environment that needs
+# them first, and are to be those of .venv.
+.venv-gpu/installed .venv-jax-$(OLDEST_JAX)/installed: pyproject.toml | .venv/installed
 	@test -n "$(PYTHON)" || { echo "quire needs Python >= 3.12: install python3.12 and run make again"; exit 1; }
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -e '.[test]' $(patsubst .venv-jax-%,jax==%,$(filter .venv-jax-%,$(@D)))
