@@ -58,8 +58,9 @@ CASES = {
     ),
     "one-query": Case(3, 3, 12, 16, 4, 2, 8, 8, 0),
 }
-# Rounding of the output; the arithmetic is f32 everywhere.
+# Rounding of the output; the arithmetic is f32, but on AMX weights of 16-bit keys are bfloat16.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-9}
+TOLERANCE_OF_TILES = 2**-7
 
 
 # The library is there wherever there was a compiler; its own levels: tests/kernels/test_native.py.
@@ -265,8 +266,14 @@ def assert_same_bytes(actual: Any, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(np.asarray(actual).view(width), expected.view(width))
 
 
-def assert_close(actual: Any, expected: Any, case: Case) -> None:
-    bound = TOLERANCE[case.dtype]
+def has_tiles(case: Case, name: str) -> bool:
+    library = cpu_library()
+    is_amx = isinstance(library, Library) and library.level == "amx"
+    return is_amx and name == "native" and case.kv_dtype != "float32"
+
+
+def assert_close(actual: Any, expected: Any, case: Case, name: str) -> None:
+    bound = TOLERANCE_OF_TILES if has_tiles(case, name) else TOLERANCE[case.dtype]
     actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
     assert np.isfinite(actual).all()
     np.testing.assert_allclose(actual, expected, rtol=bound, atol=bound)
@@ -285,7 +292,7 @@ def test_each_gives_what_the_reference_gives(case: Case, name: str, data: st.Dat
     out, kv = compiled(case, name)(*inputs.arguments())
     want, want_kv = compiled(case, "reference")(*inputs.arguments())
     assert out.dtype == want.dtype == jnp.dtype(case.dtype)
-    assert_close(out, want, case)
+    assert_close(out, want, case, name)
     assert not np.asarray(out)[inputs.num_tokens :].any()
     k, v = written(inputs)
     for pages in (kv, want_kv):
@@ -300,7 +307,7 @@ def test_reference_gives_what_a_plain_loop_gives(name: str, data: st.DataObject,
     case = CASES[name]
     inputs = make_inputs(case, data.draw(ragged_rows(case)), seed)
     out, _ = compiled(case, "reference")(*inputs.arguments())
-    assert_close(out, by_loop(inputs, case), case)
+    assert_close(out, by_loop(inputs, case), case, "reference")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -331,7 +338,7 @@ def test_an_unused_item_overwrites_nothing(name: str):
     out, _ = compiled(case, name)(*inputs.arguments())
     want, _ = compiled(case, "reference")(*inputs.arguments())
     assert np.asarray(want)[: inputs.num_tokens].all(axis=(1, 2)).any()
-    assert_close(out, want, case)
+    assert_close(out, want, case, name)
 
 
 def test_donated_pages_are_written_in_place():
