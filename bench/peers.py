@@ -1,24 +1,26 @@
 """quire beside vLLM and llama.cpp: the same checkpoint, the same workloads, in alternating runs.
 
 python -m quire.bench.peers [--size 135m] [--engines quire,vllm,llamacpp:bf16] [--rounds 3]
+    [--chart FILE.svg]
 
 bench/peers/setup.sh installs the others first. Every round runs each engine once, as a process of
-its own; figures are medians over the rounds. Prints one JSON line for each figure and a bar chart.
+its own; figures are medians over the rounds. Prints one JSON line for each figure and a bar chart,
+and how near quire is to the machine's ceilings: weights read once a token, matmuls of a prompt.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from .report import emit, line
+from . import chart
+from .report import PEERS_ROOT, emit, line
+from .roofline import read_bandwidth, torch_matmul, xla_matmul
 
 HERE = Path(__file__).parent / "peers"
-ROOT = Path(os.environ.get("QUIRE_PEERS", Path.home() / ".cache" / "quire-peers"))
 BAR_COLUMNS = 40
 
 Workload = tuple[int, int, int]
@@ -44,15 +46,15 @@ TARGETS: dict[str, dict[str, dict[Workload, float]]] = {
 def command_of(engine: str, size: str) -> list[str]:
     """engine: quire, vllm, hf, or llamacpp:FORMAT."""
     kind, _, weights = engine.partition(":")
-    model = ROOT / "models" / size
+    model = PEERS_ROOT / "models" / size
     match kind:
         case "quire":
             return [sys.executable, str(HERE / "bench_quire.py"), str(model)]
         case "vllm" | "hf":
-            return [str(ROOT / "vllm/bin/python"), str(HERE / f"bench_{kind}.py"), str(model)]
+            return [str(PEERS_ROOT / "vllm/bin/python"), str(HERE / f"bench_{kind}.py"), str(model)]
         case "llamacpp":
             file = f"{model}-{weights or 'bf16'}.gguf"
-            return [str(ROOT / "llamacpp/bin/python"), str(HERE / "bench_llamacpp.py"), file]
+            return [str(PEERS_ROOT / "llamacpp/bin/python"), str(HERE / "bench_llamacpp.py"), file]
     raise SystemExit(f"unknown engine {engine!r}; there are quire, vllm, hf, llamacpp:FORMAT")
 
 
@@ -88,11 +90,70 @@ def draw(title: str, rates: dict[str, float]) -> None:
         print(f"  {engine:<16} {bar} {value:.0f}", file=sys.stderr)
 
 
+def emit_ceilings(size: str, rates: dict[Workload, dict[str, float]]) -> None:
+    """quire's shares of reading memory (one request's answer) and of the best matmul (a prompt)."""
+    model = PEERS_ROOT / "models" / size
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    weight_bytes = (model / "model.safetensors").stat().st_size  # of bfloat16
+    embedding = config["vocab_size"] * config["hidden_size"]
+    is_tied = config["tie_word_embeddings"]
+    read = weight_bytes - (0 if is_tied else 2 * embedding)
+    multiplied = weight_bytes // 2 - embedding * (1 if is_tied else 2)
+    bandwidth = read_bandwidth()
+    flops, _ = xla_matmul("bfloat16")
+    if (by_torch := torch_matmul("bfloat16")) is not None:
+        assert isinstance(by_torch["flops"], float)
+        flops = max(flops, by_torch["flops"])
+    for (batch, prompt, generated), by_engine in rates.items():
+        if batch != 1 or "quire" not in by_engine:
+            continue
+        rate = by_engine["quire"]
+        what, used, ceiling = ("reading", read * rate, bandwidth)
+        if generated == 1:
+            what, used, ceiling = ("matmuls", 2 * multiplied * rate, flops)
+        _, title = titles(size, (batch, prompt, generated))
+        share, most = used / ceiling, f"{ceiling / 1e9:.1f} G/s"
+        emit(line(f"of_{what} {title}", share, "x", 0.75, is_least=True, ceiling=most))
+
+
+def emit_medians(
+    size: str, rates: dict[Workload, dict[str, list[float]]], names: dict[str, str]
+) -> dict[Workload, dict[str, float]]:
+    """The figures and quire's shares of the others'; the medians."""
+    found = {}
+    for workload, by_engine in rates.items():
+        medians = {engine: statistics.median(values) for engine, values in by_engine.items()}
+        found[workload] = medians
+        what, title = titles(size, workload)
+        for engine, values in by_engine.items():
+            emit(
+                line(
+                    f"{what}_tokens_per_s {title}", medians[engine], "tokens/s", None,
+                    engine=names[engine], weights=engine, rounds=values,
+                )
+            )  # fmt: skip
+        for engine, value in medians.items():
+            if engine == "quire" or "quire" not in medians:
+                continue
+            target = TARGETS[size].get(engine, {}).get(workload)
+            share = medians["quire"] / value
+            emit(line(f"of_{engine} {title}", share, "x", target, is_least=True))
+        draw(f"{title}: {what} tokens/s", medians)
+    return found
+
+
+def titles(size: str, workload: Workload) -> tuple[str, str]:
+    batch, prompt, generated = workload
+    what = "prompt" if generated == 1 else "output"
+    return what, f"{size} batch {batch}, {prompt} in, {generated} out"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=("135m", "1b"), default="135m")
     parser.add_argument("--engines", default="quire,vllm,llamacpp:bf16")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chart", type=Path)
     args = parser.parse_args()
     engines = args.engines.split(",")
     require_installed(engines, args.size)
@@ -107,25 +168,14 @@ def main() -> None:
                 by_engine = rates.setdefault((batch, prompt, generated), {})
                 by_engine.setdefault(engine, []).append(rate(measured))
                 names[engine] = measured["engine"]
-    for workload, by_engine in rates.items():
-        batch, prompt, generated = workload
-        medians = {engine: statistics.median(values) for engine, values in by_engine.items()}
-        what = "prompt" if generated == 1 else "output"
-        title = f"{args.size} batch {batch}, {prompt} in, {generated} out"
-        for engine, values in by_engine.items():
-            emit(
-                line(
-                    f"{what}_tokens_per_s {title}", medians[engine], "tokens/s", None,
-                    engine=names[engine], weights=engine, rounds=values,
-                )
-            )  # fmt: skip
-        for engine, value in medians.items():
-            if engine == "quire" or "quire" not in medians:
-                continue
-            target = TARGETS[args.size].get(engine, {}).get(workload)
-            share = medians["quire"] / value
-            emit(line(f"of_{engine} {title}", share, "x", target, is_least=True))
-        draw(f"{title}: {what} tokens/s", medians)
+    medians = emit_medians(args.size, rates, names)
+    emit_ceilings(args.size, medians)
+    if args.chart:
+        bars = {}
+        for workload, by_engine in medians.items():
+            what, title = titles(args.size, workload)
+            bars[f"{title} ({what} tokens/s)"] = by_engine
+        chart.write(args.chart, "quire beside others on a CPU", bars)
 
 
 if __name__ == "__main__":

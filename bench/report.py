@@ -8,6 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Where bench/peers/setup.sh puts the other engines and the checkpoints.
+PEERS_ROOT = Path(os.environ.get("QUIRE_PEERS", Path.home() / ".cache" / "quire-peers"))
+
 
 def line(
     name: str,

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .peers import ROOT
-from .report import emit, line, num_cores
+from .report import PEERS_ROOT, emit, line, num_cores
 
 GIB = 1 << 30
 READ_RUNS, MATMUL_RUNS = 7, 5
@@ -73,7 +72,7 @@ def xla_matmul(dtype: str) -> tuple[float, tuple[int, int, int]]:
 
 def torch_matmul(dtype: str) -> dict[str, object] | None:
     """flops, shape and version; None where the peers are not installed."""
-    python = ROOT / "vllm/bin/python"
+    python = PEERS_ROOT / "vllm/bin/python"
     if not python.exists():
         return None
     command = [str(python), str(TORCH_SCRIPT), dtype, json.dumps(SHAPES), str(MATMUL_RUNS)]

@@ -28,7 +28,7 @@ class Results:
         self._head = {
             "device": device,
             "measured": measured,
-            "command": " ".join(["python -m", *sys.orig_argv[2:]]),
+            "command": _command(),
             "versions": {"python": platform.python_version()} | _versions(),
         }
         self.measured = measured
@@ -91,6 +91,15 @@ class Results:
     def write(self) -> None:
         text = json.dumps(self._head | {"lines": self.lines}, indent=1)
         self._path.write_text(text + "\n", encoding="utf-8")
+
+
+def _command() -> str:
+    """As it was called, but for where the files went."""
+    words = [*sys.orig_argv[2:]]
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return " ".join(["python -m", *words])
 
 
 def _rounded(value: Any) -> Any:
