@@ -20,6 +20,7 @@ from quire.pallas_kernels.registry import PAGED_ATTENTION, cpu_library
 
 from .paged_inputs import (
     SEEDS,
+    TOLERANCE,
     Case,
     Row,
     assert_close,
@@ -39,16 +40,19 @@ CASES = {
     ),
     "one-query": Case(3, 3, 12, 16, 4, 2, 8, 8, 0),
 }
-<<<<<<< HEAD
-=======
-# Rounding of the output; the arithmetic is f32, but on AMX weights of 16-bit keys are bfloat16.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-9}
+# The library is there wherever there was a compiler; its own levels: tests/kernels/test_native.py.
+NAMES = ["jnp", *(["native"] if isinstance(cpu_library(), Library) else [])]
+
+
+# On AMX the weights of 16-bit keys are bfloat16.
 TOLERANCE_OF_TILES = 2**-7
 
 
->>>>>>> cpu
-# The library is there wherever there was a compiler; its own levels: tests/kernels/test_native.py.
-NAMES = ["jnp", *(["native"] if isinstance(cpu_library(), Library) else [])]
+def bound(case: Case, name: str) -> float:
+    library = cpu_library()
+    is_amx = isinstance(library, Library) and library.level == "amx"
+    has_tiles = is_amx and name == "native" and case.kv_dtype != "float32"
+    return TOLERANCE_OF_TILES if has_tiles else TOLERANCE[case.dtype]
 
 
 @cache
@@ -70,70 +74,6 @@ def compiled(case: Case, name: str) -> Any:
     return jax.jit(call)
 
 
-<<<<<<< HEAD
-=======
-def by_loop(inputs: Inputs, case: Case) -> np.ndarray:
-    """The op in float64, one query, one head and one key at a time."""
-    k, v = written(inputs)
-    k = k.astype(np.float64)
-    v = k[..., : case.value_dim] if v is None else v.astype(np.float64)
-    b = inputs.batch
-    out = np.zeros((case.tokens, case.heads, case.value_dim))
-    for t in range(inputs.num_tokens):
-        for h in range(case.heads):
-            kv_head = h // (case.heads // case.kv_heads)
-            scores, values = [], []
-            for position in range(b.attend_from[t], b.attend_to[t]):
-                page = b.page_table[b.token_row[t], position // case.page_size]
-                at = (page, kv_head, position % case.page_size)
-                score = float(inputs.q[t, h].astype(np.float64) @ k[at]) * case.spec.scale
-                if case.soft_cap is not None:
-                    score = case.soft_cap * np.tanh(score / case.soft_cap)
-                scores.append(score)
-                values.append(v[at])
-            sink = [] if inputs.sinks is None else [float(inputs.sinks[h])]
-            weights = np.exp(np.array(scores + sink, np.float64))
-            if scores:
-                out[t, h] = weights[: len(scores)] @ np.array(values) / weights.sum()
-    return out
-
-
-def written(inputs: Inputs) -> tuple[np.ndarray, np.ndarray | None]:
-    """The cache with the new keys and values in their slots, and nothing else changed."""
-    made = []
-    for pages, new in ((inputs.kv.k, inputs.k_new), (inputs.kv.v, inputs.v_new)):
-        if pages is None:
-            made.append(None)
-            continue
-        pages = pages.copy()
-        for t in range(inputs.num_tokens):
-            page, offset = inputs.batch.write_page[t], inputs.batch.write_offset[t]
-            pages[page, :, offset] = new[t].astype(pages.dtype)
-        made.append(pages)
-    return made[0], made[1]
-
-
-def assert_same_bytes(actual: Any, expected: np.ndarray) -> None:
-    """Bit for bit, NaN included."""
-    width = f"u{expected.dtype.itemsize}"
-    np.testing.assert_array_equal(np.asarray(actual).view(width), expected.view(width))
-
-
-def has_tiles(case: Case, name: str) -> bool:
-    library = cpu_library()
-    is_amx = isinstance(library, Library) and library.level == "amx"
-    return is_amx and name == "native" and case.kv_dtype != "float32"
-
-
-def assert_close(actual: Any, expected: Any, case: Case, name: str) -> None:
-    bound = TOLERANCE_OF_TILES if has_tiles(case, name) else TOLERANCE[case.dtype]
-    actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
-    assert np.isfinite(actual).all()
-    np.testing.assert_allclose(actual, expected, rtol=bound, atol=bound)
-
-
-SEEDS = st.integers(0, 2**32 - 1)
->>>>>>> cpu
 FEW = settings(max_examples=12, deadline=None)
 
 
@@ -146,7 +86,7 @@ def test_each_gives_what_the_reference_gives(case: Case, name: str, data: st.Dat
     out, kv = compiled(case, name)(*inputs.arguments())
     want, want_kv = compiled(case, "reference")(*inputs.arguments())
     assert out.dtype == want.dtype == jnp.dtype(case.dtype)
-    assert_close(out, want, case, name)
+    assert_close(out, want, bound(case, name))
     assert not np.asarray(out)[inputs.num_tokens :].any()
     k, v = written(inputs)
     for pages in (kv, want_kv):
@@ -161,7 +101,7 @@ def test_reference_gives_what_a_plain_loop_gives(name: str, data: st.DataObject,
     case = CASES[name]
     inputs = make_inputs(case, data.draw(ragged_rows(case)), seed)
     out, _ = compiled(case, "reference")(*inputs.arguments())
-    assert_close(out, by_loop(inputs, case), case, "reference")
+    assert_close(out, by_loop(inputs, case), bound(case, "reference"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,7 +132,7 @@ def test_an_unused_item_overwrites_nothing(name: str):
     out, _ = compiled(case, name)(*inputs.arguments())
     want, _ = compiled(case, "reference")(*inputs.arguments())
     assert np.asarray(want)[: inputs.num_tokens].all(axis=(1, 2)).any()
-    assert_close(out, want, case, name)
+    assert_close(out, want, bound(case, name))
 
 
 def test_donated_pages_are_written_in_place():
