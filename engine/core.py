@@ -130,7 +130,7 @@ class EngineCore:
 
     def _dispatch(self, plan: StepPlan) -> None:
         self.metrics.num_steps += 1
-        self.metrics.num_tokens += plan.num_tokens
+        self.metrics.num_tokens += plan.total_tokens
         tracked = [self._tracked[chunk.request.request_id] for chunk in plan.chunks]
         self._write_rows(plan)
         step = self._builder.build(plan, [t.needs for t in tracked])

@@ -29,3 +29,8 @@ class StepPlan:
     @property
     def num_steps(self) -> int:
         return max((chunk.num_steps for chunk in self.chunks), default=0)
+
+    @property
+    def total_tokens(self) -> int:
+        """Of all its steps."""
+        return sum(chunk.count + chunk.num_steps - 1 for chunk in self.chunks)

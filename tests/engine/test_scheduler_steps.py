@@ -45,7 +45,8 @@ def test_a_row_goes_on_no_longer_than_what_it_may_sample() -> None:
     add(scheduler, "short", 6, max_tokens=4)
     add(scheduler, "long", 6, max_tokens=40)
     step(scheduler)
-    assert steps(step(scheduler)) == [3, 8]
+    plan = step(scheduler)
+    assert (steps(plan), plan.num_tokens, plan.total_tokens) == ([3, 8], 2, 11)
     assert steps(step(scheduler)) == [8]  # the first has nothing left to sample
 
 
