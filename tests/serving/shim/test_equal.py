@@ -148,7 +148,10 @@ def counts(usage: Json) -> Json:
     {"include_usage": True, "continuous_usage_stats": True},
 )
 @example((CHAT, {"messages": SUM, "temperature": 0}), None)
-@example((COMPLETIONS, {"prompt": "a", "allowed_token_ids": BYTES, "logprobs": 0}), None)
+@example(
+    (COMPLETIONS, {"prompt": "a", "allowed_token_ids": BYTES, "logprobs": 0, "temperature": 0}),
+    None,
+)
 def test_stream_put_together_is_the_whole_answer(
     front: Run, asked: tuple[str, Json], options: Json | None
 ) -> None:
