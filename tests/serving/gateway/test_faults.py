@@ -26,6 +26,8 @@ NUM_TOKENS, NUM_BEFORE = 400, 20
 NUM_IN_SESSION = 4
 # Of one that is alone when it is done.
 ALONE = {"logprobs": 2, "max_tokens": 900}
+# Of one that must not be done when harm is: seconds of work.
+ENDLESS = {"n": 8, "max_tokens": 1900}
 
 Load = dict[str, Result]
 
@@ -204,9 +206,9 @@ def test_killed_gateway_ends_calls_as_unavailable_and_is_replaced(
         calls = [
             asyncio.create_task(status_of(call))
             for call in (
-                client.stream(long(1), result),
-                client.session([long(2), long(3)], session),
-                client.ask(generate(max_tokens=1500)),
+                client.stream(long(1, **ENDLESS), result),
+                client.session([long(2, **ENDLESS), long(3, **ENDLESS)], session),
+                client.ask(generate(**ENDLESS)),
             )
         ]
         await until_tokens([result, *session], NUM_BEFORE)
@@ -228,7 +230,7 @@ def test_killed_supervisor_takes_all_with_it_and_the_port_is_free() -> None:
 
     async def kill(client: Client) -> None:
         result = Result()
-        call = asyncio.create_task(status_of(client.stream(long(1), result)))
+        call = asyncio.create_task(status_of(client.stream(long(1, **ENDLESS), result)))
         await until_tokens([result], NUM_BEFORE)
         engine.process.kill()
         assert (await call).code is grpc.StatusCode.UNAVAILABLE
