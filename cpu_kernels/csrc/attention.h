@@ -7,9 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "attention_tiles.h"
@@ -20,26 +17,6 @@ namespace quire::QUIRE_LEVEL {
 
 constexpr int64_t kSegment = 512;
 constexpr int64_t kFewRows = 8;  // query rows that widen keys as often as they read them
-
-// Numbers that begin at a cache line: a vector that lies across two takes two loads.
-class Floats {
- public:
-  float* get(int64_t count) {
-    if (count > capacity_) {
-      floats_.reset(static_cast<float*>(std::aligned_alloc(64, round_up(count * 4, 64))));
-      if (!floats_) throw std::bad_alloc();
-      capacity_ = count;
-    }
-    return floats_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> floats_;
-  int64_t capacity_ = 0;
-};
 
 // What a thread keeps from piece to piece.
 struct Scratch {

@@ -74,18 +74,34 @@ struct Gate {
 
 inline void linear(Team& team, const Linear& call) {
   const Rows x = rows_for(call.weight, call.rows, call.is_exact, call.workspace);
+  const bool is_done = in_row_pieces(team, x, [&](int64_t row, int64_t count) {
+    const Rows part = x.from(row, count);
+    prepare(call.x + row * call.weight.in, call.norm, call.weight, part, 0, count);
+    const int64_t at = row * call.weight.out;
+    const float* residual = call.residual == nullptr ? nullptr : call.residual + at;
+    multiply(part, call.weight, 0, num_panels(call.weight), Finish{call.weight, residual, call.y + at});
+  });
+  if (is_done) return;
   prepare(team, call.x, call.norm, call.weight, x);
   multiply(team, x, call.weight, Finish{call.weight, call.residual, call.y});
 }
 
 inline void mlp(Team& team, const Mlp& call) {
   const Rows x = rows_for(call.gate_up, call.rows, false, call.workspace);
-  prepare(team, call.x, call.norm, call.gate_up, x);
   void* rest = static_cast<char*>(call.workspace) + workspace_bytes(call.rows, call.gate_up.in);
   const Rows inner = rows_for(call.down, call.rows, false, rest);
   Weight gate_up = call.gate_up;
   // Half panels at the end of the gates and of the ups are one panel.
   gate_up.out = round_up(call.down.in, 16) * 2;
+  const bool is_done = in_row_pieces(team, x, [&](int64_t row, int64_t count) {
+    const Rows part = x.from(row, count), between = inner.from(row, count);
+    const int64_t at = row * call.gate_up.in;
+    prepare(call.x + at, call.norm, call.gate_up, part, 0, count);
+    multiply(part, gate_up, 0, num_panels(gate_up), Gate{call.gate_up, between});
+    multiply(between, call.down, 0, num_panels(call.down), Finish{call.down, call.x + at, call.y + at});
+  });
+  if (is_done) return;
+  prepare(team, call.x, call.norm, call.gate_up, x);
   multiply(team, x, gate_up, Gate{call.gate_up, inner});
   multiply(team, inner, call.down, Finish{call.down, call.x, call.y});
 }

@@ -97,44 +97,48 @@ inline void join_copies(int64_t count, float* sums) {
   }
 }
 
-template <typename Finish>
-void pair_panels(const Rows& x, const Weight& weight, int64_t begin, int64_t end,
-                 const Finish& finish) {
-  const int64_t rows = x.count * x.copies;
-  const auto done = [&](int64_t row, int64_t count, int64_t panel, float* sums) {
-    if (x.copies == 2) join_copies(count / 2, sums);
-    finish(row / x.copies, count / x.copies, panel, sums);
-  };
-  const auto* packed = static_cast<const bf16*>(weight.packed);
-  constexpr int64_t kFarRows = 256;  // rows whose tiles stay in the second cache
-  alignas(64) float sums[kFarRows * kPanel];
-#if defined(__AMX_BF16__)
-  const TileSession session(rows);
-#endif
-  for (int64_t top = 0; top < rows; top += kFarRows) {
-    const int64_t bottom = std::min(rows, top + kFarRows);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const bf16* w = packed + panel * x.blocks() * 2 * kPairBlock;
-      panel_sums(x, top, bottom, w, sums, [&](int64_t row, int64_t count, float* s) {
-        done(row, count, panel, s);
-      });
-    }
-  }
-}
 #endif
 
-// Calls finish(first row, rows, panel, sums [rows][32]) for every panel and all rows, from any thread.
+// Calls finish(first row, rows, panel, sums [rows][32]) for panels [begin, end) and all rows.
+template <typename Finish>
+void multiply(const Rows& x, const Weight& weight, int64_t begin, int64_t end, const Finish& finish) {
+#if defined(__AVX512BF16__)
+  if (x.is_pairs) {
+    const auto done = [&](int64_t row, int64_t count, int64_t panel, float* sums) {
+      if (x.copies == 2) join_copies(count / 2, sums);
+      finish(row / x.copies, count / x.copies, panel, sums);
+    };
+    return panels_sums(x, static_cast<const bf16*>(weight.packed), begin, end, done);
+  }
+#endif
+  float_panels(x, weight, begin, end, finish);
+}
+
+inline int64_t num_panels(const Weight& weight) { return round_up(weight.out, kPanel) / kPanel; }
+
+// Of few rows: the panels are shared among threads, as most of the time goes to reading them.
 template <typename Finish>
 void multiply(Team& team, const Rows& x, const Weight& weight, const Finish& finish) {
   if (x.count == 0) return;
   constexpr int64_t kPiecesPerThread = 4;
-  const int64_t panels = round_up(weight.out, kPanel) / kPanel;
-  team.split(panels, 1, kPiecesPerThread, [&](int64_t begin, int64_t end) {
-#if defined(__AVX512BF16__)
-    if (x.is_pairs) return pair_panels(x, weight, begin, end, finish);
-#endif
-    float_panels(x, weight, begin, end, finish);
+  team.split(num_panels(weight), 1, kPiecesPerThread, [&](int64_t begin, int64_t end) {
+    multiply(x, weight, begin, end, finish);
   });
+}
+
+// Of many rows: the rows are, so that all that a thread reads of them and writes stays in its cache.
+// body(first row, rows) for pieces of them; false, and nothing is done, if they are few.
+template <typename Body>
+bool in_row_pieces(Team& team, const Rows& x, const Body& body) {
+  constexpr int64_t kMany = 128, kMost = 256;  // rows of a thread
+  const int64_t threads = team.num_threads(), rows = x.count * x.copies;
+  if (rows < kMany * threads) return false;
+  const int64_t pieces = round_up((rows + kMost - 1) / kMost, threads);
+  const int64_t count = round_up((x.count + pieces - 1) / pieces, 32);
+  team.run((x.count + count - 1) / count, [&](int64_t piece) {
+    body(piece * count, std::min(count, x.count - piece * count));
+  });
+  return true;
 }
 
 }  // namespace quire::QUIRE_LEVEL

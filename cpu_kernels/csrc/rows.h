@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "kernels.h"
 #include "simd.h"
@@ -19,26 +21,63 @@ constexpr bool kHasPairs = true;  // products of bf16, two at a time
 #else
 constexpr bool kHasPairs = false;
 #endif
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+
+// Numbers that begin at a cache line: a vector that lies across two takes two loads.
+class Floats {
+ public:
+  float* get(int64_t count) {
+    if (count > capacity_) {
+      floats_.reset(static_cast<float*>(std::aligned_alloc(64, round_up(count * 4, 64))));
+      if (!floats_) throw std::bad_alloc();
+      capacity_ = count;
+    }
+    return floats_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> floats_;
+  int64_t capacity_ = 0;
+};
 
 // What a product reads. Pairs: tiles [rows / 16][depth / 32][16][32] of bf16, where with two copies
-// rows 2 r and 2 r + 1 are the rounded row r and what rounding left. Else f32 [rows][depth].
+// rows 2 r and 2 r + 1 are the rounded row r and what rounding left. Wide: those of 32 rows lie side by
+// side, [rows / 32][depth / 32][2][16][32], in the order in which they are read. Else f32 [rows][depth].
 struct Rows {
   int64_t count;   // of the input
   int64_t copies;  // rows here for each of these
   int64_t depth;   // inputs, padded with zeros
-  bool is_pairs;
+  bool is_pairs, is_wide;
   void* data;
 
   int64_t blocks() const { return depth / kDepth; }
   bf16* tile(int64_t row, int64_t block) const {
-    return static_cast<bf16*>(data) + (row / 16 * blocks() + block) * kTile + row % 16 * kDepth;
+    const int64_t at = is_wide ? (row / 32 * blocks() + block) * 2 + row / 16 % 2 : row / 16 * blocks() + block;
+    return static_cast<bf16*>(data) + at * kTile + row % 16 * kDepth;
   }
   float* floats(int64_t row) const { return static_cast<float*>(data) + row * depth; }
+
+  // At most `most` of them from `row` on, a multiple of 32.
+  Rows from(int64_t row, int64_t most) const {
+    Rows part = *this;
+    part.count = std::min(most, count - row);
+    part.data = is_pairs ? static_cast<void*>(tile(row * copies, 0)) : floats(row);
+    return part;
+  }
 };
 
 inline Rows rows_for(const Weight& weight, int64_t count, bool is_exact, void* workspace) {
   const bool is_pairs = kHasPairs && weight.dtype == Dtype::kBf16;
-  return {count, is_pairs && is_exact ? 2 : 1, round_up(weight.in, kDepth), is_pairs, workspace};
+  const int64_t copies = is_pairs && is_exact ? 2 : 1;
+  const bool is_wide = is_pairs && kHasTiles && count * copies > 16;
+  return {count, copies, round_up(weight.in, kDepth), is_pairs, is_wide, workspace};
 }
 
 inline Vf load_as_f32(const void* p, Dtype dtype, int64_t i) {
@@ -99,27 +138,30 @@ inline void pack_row(const float* x, const Rows& rows, int64_t row) {
 }
 #endif
 
+inline void prepare(const float* x, const Norm& norm, const Weight& weight, const Rows& rows,
+                    int64_t begin, int64_t end) {
+  const int64_t in = weight.in;
+  if (!rows.is_pairs) {
+    for (int64_t r = begin; r < end; ++r) {
+      norm_row(x + r * in, in, norm, weight.dtype, rows.floats(r));
+      std::fill(rows.floats(r) + in, rows.floats(r) + rows.depth, 0.0f);
+    }
+    return;
+  }
+#if defined(__AVX512BF16__)
+  const std::unique_ptr<float[]> row(new float[rows.depth]);
+  std::fill(row.get() + in, row.get() + rows.depth, 0.0f);
+  for (int64_t r = begin; r < end; ++r) {
+    norm_row(x + r * in, in, norm, weight.dtype, row.get());
+    pack_row(row.get(), rows, r);
+  }
+#endif
+}
+
 inline void prepare(Team& team, const float* x, const Norm& norm, const Weight& weight,
                     const Rows& rows) {
-  const int64_t in = weight.in;
-  const auto body = [&](int64_t begin, int64_t end) {
-    if (!rows.is_pairs) {
-      for (int64_t r = begin; r < end; ++r) {
-        norm_row(x + r * in, in, norm, weight.dtype, rows.floats(r));
-        std::fill(rows.floats(r) + in, rows.floats(r) + rows.depth, 0.0f);
-      }
-      return;
-    }
-#if defined(__AVX512BF16__)
-    const std::unique_ptr<float[]> row(new float[rows.depth]);
-    std::fill(row.get() + in, row.get() + rows.depth, 0.0f);
-    for (int64_t r = begin; r < end; ++r) {
-      norm_row(x + r * in, in, norm, weight.dtype, row.get());
-      pack_row(row.get(), rows, r);
-    }
-#endif
-  };
-  if (rows.count * in <= kSmallRows) body(0, rows.count);
+  const auto body = [&](int64_t begin, int64_t end) { prepare(x, norm, weight, rows, begin, end); };
+  if (rows.count * weight.in <= kSmallRows) body(0, rows.count);
   else team.split(rows.count, 16, 2, body);
 }
 

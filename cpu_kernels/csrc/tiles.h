@@ -4,16 +4,6 @@
 
 #include "rows.h"
 
-namespace quire::QUIRE_LEVEL {
-
-#if defined(__AMX_BF16__)
-constexpr bool kHasTiles = true;
-#else
-constexpr bool kHasTiles = false;
-#endif
-
-}  // namespace quire::QUIRE_LEVEL
-
 #if defined(__AVX512BF16__)
 
 namespace quire::QUIRE_LEVEL {
@@ -41,10 +31,12 @@ class TileSession {
   ~TileSession() { _tile_release(); }
 };
 
+constexpr int kAllLines = 32;  // of a panel's block
+
 // The loads of a tile do not run ahead far enough to hide the way to memory.
 inline void prefetch_block(const bf16* w) {
   const char* bytes = reinterpret_cast<const char*>(w);
-  for (int line = 0; line < 32; ++line) _mm_prefetch(bytes + line * 64, _MM_HINT_T0);
+  for (int line = 0; line < kAllLines; ++line) _mm_prefetch(bytes + line * 64, _MM_HINT_T0);
 }
 
 inline void one_tile(const bf16* a, const bf16* w, int64_t blocks, float* sums) {
@@ -62,9 +54,10 @@ inline void one_tile(const bf16* a, const bf16* w, int64_t blocks, float* sums) 
   _tile_stored(1, sums + 16, kPanel * 4);
 }
 
-// Adds `blocks` more blocks of the input to the sums of 32 rows.
-template <bool kIsFar>
-void two_tiles(const bf16* a, int64_t tile_stride, const bf16* w, int64_t blocks, bool is_first,
+// Adds `blocks` more blocks of the input to the sums of 32 rows, and asks for kLines lines at `ahead`
+// with each: of this panel into the first cache if it is read once, else of the next into the second.
+template <int kLines>
+void two_tiles(const bf16* a, const bf16* w, int64_t blocks, bool is_first, const char* ahead,
                float* sums) {
   if (is_first) {
     _tile_zero(0);
@@ -77,14 +70,16 @@ void two_tiles(const bf16* a, int64_t tile_stride, const bf16* w, int64_t blocks
     _tile_loadd(2, sums + 16 * kPanel, kPanel * 4);
     _tile_loadd(3, sums + 16 * kPanel + 16, kPanel * 4);
   }
-  for (int64_t i = 0; i < blocks; ++i, a += 512, w += 1024) {
-    if (kIsFar) prefetch_block(w + 4096);
+  for (int64_t i = 0; i < blocks; ++i, a += 2 * kTile, w += 2 * kTile, ahead += kLines * 64) {
+    for (int line = 0; line < kLines; ++line) {
+      _mm_prefetch(ahead + line * 64, kLines == kAllLines ? _MM_HINT_T0 : _MM_HINT_T1);
+    }
     _tile_loadd(4, a, 64);
     _tile_loadd(6, w, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + 512, 64);
+    _tile_loadd(7, w + kTile, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + tile_stride, 64);
+    _tile_loadd(5, a + kTile, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -94,27 +89,62 @@ void two_tiles(const bf16* a, int64_t tile_stride, const bf16* w, int64_t blocks
   _tile_stored(3, sums + 16 * kPanel + 16, kPanel * 4);
 }
 
-// Sums [rows][32] of rows [top, bottom), finished 32 rows at a time. w: the panel.
-template <typename Done>
-void panel_sums(const Rows& x, int64_t top, int64_t bottom, const bf16* w, float* sums,
-                const Done& done) {
-  if (bottom - top <= 16) {
-    one_tile(x.tile(top, 0), w, x.blocks(), sums);
-    return done(top, bottom - top, sums);
-  }
+template <int kLines>
+void add_blocks(const Rows& x, int64_t rows, const bf16* w, int64_t begin, int64_t end, float* sums) {
   // Blocks of the panel that stay in the first cache beside the rows that go by.
   constexpr int64_t kNearBlocks = 9;
-  for (int64_t first = 0; first < x.blocks(); first += kNearBlocks) {
-    const int64_t count = std::min(kNearBlocks, x.blocks() - first);
-    for (int64_t row = top; row < bottom; row += 32) {
-      float* s = sums + (row - top) * kPanel;
-      // Rows past the last are computed and dropped; a second half that is missing is the first.
-      const int64_t stride = bottom - row > 16 ? x.blocks() * kTile : 0;
-      const bf16* a = x.tile(row, first);
-      // The first rows bring the panel from memory.
-      if (row == 0) two_tiles<true>(a, stride, w + first * 1024, count, first == 0, s);
-      else two_tiles<false>(a, stride, w + first * 1024, count, first == 0, s);
-      if (first + count == x.blocks()) done(row, std::min<int64_t>(32, bottom - row), s);
+  const char* ahead = reinterpret_cast<const char*>(w + (kLines == kAllLines ? begin + 4 : end) * 2 * kTile);
+  for (int64_t first = begin; first < end; first += kNearBlocks) {
+    const int64_t count = std::min(kNearBlocks, end - first);
+    for (int64_t row = 0; row < rows; row += 32, ahead += kLines * 64 * count) {
+      // Rows past the last are computed and dropped.
+      two_tiles<kLines>(x.tile(row, first), w + first * 2 * kTile, count, first == 0, ahead, sums + row * kPanel);
+    }
+  }
+}
+
+// Adds blocks [begin, end) of the inputs to sums [rows][32]; w: the panel. The first ones set them.
+inline void add_blocks(const Rows& x, int64_t rows, const bf16* w, int64_t begin, int64_t end, float* sums) {
+  if (rows <= 32) add_blocks<kAllLines>(x, rows, w, begin, end, sums);
+  else if (rows <= 64) add_blocks<16>(x, rows, w, begin, end, sums);
+  else if (rows <= 128) add_blocks<8>(x, rows, w, begin, end, sums);
+  else add_blocks<4>(x, rows, w, begin, end, sums);
+}
+
+// Calls done(first row, rows, panel, sums) for panels [begin, end).
+template <typename Done>
+void panels_sums(const Rows& x, const bf16* packed, int64_t begin, int64_t end, const Done& done) {
+  constexpr int64_t kFarRows = 256;             // whose sums and tiles stay in the second cache,
+  constexpr int64_t kFarInputs = 5 << 17;      // if they are no more inputs than that;
+  constexpr int64_t kDeepPanels = 8;            // else so many panels share the way of
+  constexpr int64_t kDeepBlocks = 32;           // so many blocks of them
+  const int64_t rows = x.count * x.copies, blocks = x.blocks();
+  const TileSession session(rows);
+  if (rows <= 16) {
+    alignas(64) float sums[16 * kPanel];
+    for (int64_t panel = begin; panel < end; ++panel) {
+      one_tile(x.tile(0, 0), packed + panel * blocks * 2 * kTile, blocks, sums);
+      done(0, rows, panel, sums);
+    }
+    return;
+  }
+  thread_local Floats room;
+  float* all = room.get(kDeepPanels * kFarRows * kPanel);
+  for (int64_t top = 0; top < rows; top += kFarRows) {
+    const int64_t count = std::min(kFarRows, rows - top);
+    const Rows part = x.from(top / x.copies, kFarRows / x.copies);
+    const bool is_deep = count * x.depth > kFarInputs;
+    const int64_t at_once = is_deep ? kDeepPanels : 1, depth = is_deep ? kDeepBlocks : blocks;
+    for (int64_t first = begin; first < end; first += at_once) {
+      const int64_t past = std::min(end, first + at_once);
+      const auto sums_of = [&](int64_t panel) { return all + (panel - first) * kFarRows * kPanel; };
+      for (int64_t block = 0; block < blocks; block += depth) {
+        for (int64_t panel = first; panel < past; ++panel) {
+          const bf16* w = packed + panel * blocks * 2 * kTile;
+          add_blocks(part, count, w, block, std::min(blocks, block + depth), sums_of(panel));
+        }
+      }
+      for (int64_t panel = first; panel < past; ++panel) done(top, count, panel, sums_of(panel));
     }
   }
 }
@@ -155,13 +185,21 @@ void pair_rows(int64_t rows, const bf16* a, const bf16* w, int64_t blocks, float
 }
 
 template <typename Done>
-void panel_sums(const Rows& x, int64_t top, int64_t bottom, const bf16* w, float* sums,
-                const Done& done) {
+void panels_sums(const Rows& x, const bf16* packed, int64_t begin, int64_t end, const Done& done) {
   constexpr int64_t kRowsAtOnce = 8;
-  for (int64_t row = top; row < bottom; row += kRowsAtOnce) {
-    const int64_t count = std::min(kRowsAtOnce, bottom - row);
-    pair_rows<kRowsAtOnce>(count, x.tile(row, 0), w, x.blocks(), sums);
-    done(row, count, sums);
+  constexpr int64_t kFarRows = 256;  // rows that stay in the second cache
+  const int64_t rows = x.count * x.copies;
+  alignas(64) float sums[kRowsAtOnce * kPanel];
+  for (int64_t top = 0; top < rows; top += kFarRows) {
+    const int64_t bottom = std::min(rows, top + kFarRows);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const bf16* w = packed + panel * x.blocks() * 2 * kTile;
+      for (int64_t row = top; row < bottom; row += kRowsAtOnce) {
+        const int64_t count = std::min(kRowsAtOnce, bottom - row);
+        pair_rows<kRowsAtOnce>(count, x.tile(row, 0), w, x.blocks(), sums);
+        done(row, count, panel, sums);
+      }
+    }
   }
 }
 #endif
