@@ -18,9 +18,13 @@ namespace quire::QUIRE_LEVEL {
 constexpr int64_t kSegment = 512;
 constexpr int64_t kFewRows = 8;  // query rows that widen keys as often as they read them
 
-// What a thread keeps from piece to piece.
+// What a thread keeps from piece to piece: for one chunk of keys,
 struct Scratch {
-  Floats keys, values, scores, lane_totals, sums, totals, highest, query_tiles, key_tiles, value_tiles;
+  Floats keys, values, scores, key_tiles, value_tiles;
+};
+// and for a piece while its chunks go by.
+struct Progress {
+  Floats lane_totals, sums, totals, highest, query_tiles;
 };
 
 class PieceWork {
@@ -38,33 +42,47 @@ class PieceWork {
                  width_ == call.value_dim && call.v != nullptr;
   }
 
-  // next: what this thread does after it, or null.
-  void run(Scratch& scratch, const PieceWork* next) {
-    next_ = next;
+  int64_t rows() const { return rows_; }
+  int64_t first_chunk() const { return pages_.lowest() / kChunk * kChunk; }
+  int64_t end() const { return pages_.end(); }
+  Ahead expect(int64_t chunk) const { return pages_.expect(chunk); }
+
+  void start(Scratch& scratch, Progress& progress) {
     keys_ = scratch.keys.get(call_.head_dim * kChunk);
     values_ = scratch.values.get(kChunk * width_);
     scores_ = scratch.scores.get(padded_rows_ * kChunk);
-    lane_totals_ = scratch.lane_totals.get(rows_ * kLanes);
-    sums_ = scratch.sums.get(num_segments_ * padded_rows_ * width_);
-    totals_ = scratch.totals.get(num_segments_ * padded_rows_);
-    highest_ = scratch.highest.get(num_segments_ * padded_rows_);
+    lane_totals_ = progress.lane_totals.get(rows_ * kLanes);
+    sums_ = progress.sums.get(num_segments_ * padded_rows_ * width_);
+    totals_ = progress.totals.get(num_segments_ * padded_rows_);
+    highest_ = progress.highest.get(num_segments_ * padded_rows_);
     std::fill_n(sums_, num_segments_ * padded_rows_ * width_, 0.0f);
+    std::fill_n(totals_, num_segments_ * padded_rows_, 0.0f);
     std::fill_n(highest_, num_segments_ * padded_rows_, kLowest);
 #if defined(__AMX_BF16__)
-    if (is_tiled_) split_queries(scratch);
-    const TileSession session(rows_);
+    if (is_tiled_) split_queries(scratch, progress);
 #endif
+  }
+
+  // ahead: what this thread reads next.
+  void attend(int64_t chunk, const Ahead& ahead) {
+    const int64_t segment = chunk / kSegment * kSegment, first = (chunk / kSegment - first_segment_) * padded_rows_;
+    if (chunk == std::max(segment, first_chunk())) std::fill_n(lane_totals_, rows_ * kLanes, 0.0f);
     switch (call_.kv_dtype) {
       case Dtype::kF32:
-        attend_all<float>();
+        attend_chunk<float>(first, chunk, ahead);
         break;
       case Dtype::kBf16:
-        attend_all<Bf16>();
+        attend_chunk<Bf16>(first, chunk, ahead);
         break;
       case Dtype::kF16:
-        attend_all<F16>();
+        attend_chunk<F16>(first, chunk, ahead);
         break;
     }
+    if (chunk + kChunk < std::min(segment + kSegment, end())) return;
+    for (int64_t row = 0; row < rows_; ++row) totals_[first + row] = sum(load(lane_totals_ + row * kLanes));
+  }
+
+  void finish() {
     for (int64_t row = 0; row < rows_; ++row) combine(row);
   }
 
@@ -73,40 +91,29 @@ class PieceWork {
   int64_t head_of(int64_t row) const { return piece_.kv_head * group_ + row % group_; }
 
   template <typename Element>
-  void attend_all() {
-    for (int64_t segment = 0; segment < num_segments_; ++segment) {
-      const int64_t begin = (first_segment_ + segment) * kSegment;
-      const int64_t end = std::min(pages_.end(), begin + kSegment), first = segment * padded_rows_;
-      std::fill_n(lane_totals_, rows_ * kLanes, 0.0f);
-      int64_t chunk = std::max(begin, pages_.lowest() / kChunk * kChunk);
-      for (; chunk < end; chunk += kChunk) {
-        if (is_direct_) {
-          attend_any(first, chunk, pages_.page_keys<Element>(chunk), pages_.page_values<Element>(chunk));
-        } else {
-          const Keys<float> keys = pages_.widened_keys<Element>(chunk, keys_);
-          attend_any(first, chunk, keys, pages_.widened_values<Element>(chunk, keys_, values_));
-        }
-      }
-      for (int64_t row = 0; row < rows_; ++row) {
-        totals_[first + row] = sum(load(lane_totals_ + row * kLanes));
-      }
+  void attend_chunk(int64_t first, int64_t chunk, const Ahead& ahead) {
+    if (is_direct_) {
+      attend_any(first, chunk, pages_.page_keys<Element>(chunk), pages_.page_values<Element>(chunk), ahead);
+    } else {
+      const Keys<float> keys = pages_.widened_keys<Element>(chunk, keys_);
+      attend_any(first, chunk, keys, pages_.widened_values<Element>(chunk, keys_, values_), ahead);
     }
   }
 
   // first: of the segment's rows among all partial results.
   template <typename KeysOf, typename ValuesOf>
-  void attend_any(int64_t first, int64_t chunk, const KeysOf& keys, const ValuesOf& values) {
+  void attend_any(int64_t first, int64_t chunk, const KeysOf& keys, const ValuesOf& values, const Ahead& ahead) {
 #if defined(__AMX_BF16__)
-    if (is_tiled_) return attend_by_tiles(first, chunk, keys, values);
+    if (is_tiled_) return attend_by_tiles(first, chunk, keys, values, ahead);
 #endif
-    attend(first, chunk, keys, values);
+    attend_by_vectors(first, chunk, keys, values, ahead);
   }
 
 #if defined(__AMX_BF16__)
-  void split_queries(Scratch& scratch) {
+  void split_queries(Scratch& scratch, Progress& progress) {
     const int64_t dim = call_.head_dim, size = query_tiles_size(dim);
     const auto tiles = [](Floats& room, int64_t count) { return reinterpret_cast<bf16*>(room.get(count / 2)); };
-    query_tiles_ = tiles(scratch.query_tiles, round_up(rows_, 16) / 16 * size);
+    query_tiles_ = tiles(progress.query_tiles, round_up(rows_, 16) / 16 * size);
     key_tiles_ = tiles(scratch.key_tiles, std::max(key_tiles_size(dim), value_tiles_size(width_)));
     // Of a lone tile of queries, values come when keys are done with: half as much stays in the first cache.
     value_tiles_ = rows_ <= 16 ? key_tiles_ : tiles(scratch.value_tiles, value_tiles_size(width_));
@@ -126,8 +133,8 @@ class PieceWork {
   }
 
   template <typename Element>
-  void attend_by_tiles(int64_t first, int64_t chunk, const Keys<Element>& keys, const Values<Element>& values) {
-    const Ahead ahead = what_follows(chunk);
+  void attend_by_tiles(int64_t first, int64_t chunk, const Keys<Element>& keys, const Values<Element>& values,
+                       const Ahead& ahead) {
     const int64_t dim = call_.head_dim;
     const auto tiles_of = [&](int64_t i) { return key_tiles_ + i * kParts<Element> * kKeyGroups * kTile; };
     const auto make_tiles = [&](int64_t i) {
@@ -161,8 +168,8 @@ class PieceWork {
 #endif
 
   template <typename KeysOf, typename ValuesOf>
-  void attend(int64_t first, int64_t chunk, const KeysOf& keys, const ValuesOf& values) {
-    const Ahead ahead = what_follows(chunk);
+  void attend_by_vectors(int64_t first, int64_t chunk, const KeysOf& keys, const ValuesOf& values,
+                         const Ahead& ahead) {
     for (int64_t row = 0; row < rows_; row += kQueryRows) {
       const int64_t count = std::min<int64_t>(kQueryRows, rows_ - row);
       const float* q[kQueryRows];
@@ -190,13 +197,6 @@ class PieceWork {
     if (shrink == 1.0f) return;
     float* sums = sums_ + row * width_;
     for (int64_t i = 0; i < width_; i += kLanes) store(sums + i, load(sums + i) * broadcast(shrink));
-  }
-
-  // What this thread reads after the chunk.
-  Ahead what_follows(int64_t chunk) const {
-    if (chunk + kChunk < pages_.end()) return pages_.expect(chunk + kChunk);
-    if (next_ == nullptr) return {};
-    return next_->pages_.expect(next_->pages_.lowest() / kChunk * kChunk);
   }
 
   void combine(int64_t row) {
@@ -233,7 +233,6 @@ class PieceWork {
   const int64_t padded_rows_;  // of the arrays below, in whole tiles
   const int64_t first_segment_;
   int64_t num_segments_;
-  const PieceWork* next_ = nullptr;
   bool is_direct_;
   float* keys_;         // [head_dim][kChunk]
   float* values_;       // [kChunk][width]
@@ -247,28 +246,60 @@ class PieceWork {
   float* highest_;      // [segments][rows]
 };
 
-// Every query, of the first kv head. Items that follow each other in a prompt share the keys that they
-// read, as long as there are pieces enough for all threads.
-inline std::vector<Piece> pieces_of(const Attention& call, int64_t num_threads) {
-  constexpr int64_t kMostQueries = 64, kPiecesPerThread = 8;
+// Pieces that a thread does at once, chunk by chunk: heads of one query, whose keys lie side by side.
+using Bundle = std::vector<PieceWork>;
+
+// next: what the thread does after it, or empty.
+inline void attend(Bundle& bundle, const Bundle& next, Scratch& scratch, std::vector<Progress>& progress) {
+  if (progress.size() < bundle.size()) progress.resize(bundle.size());
+  for (size_t i = 0; i < bundle.size(); ++i) bundle[i].start(scratch, progress[i]);
+#if defined(__AMX_BF16__)
+  const TileSession session(bundle[0].rows());
+#endif
+  for (int64_t chunk = bundle[0].first_chunk(); chunk < bundle[0].end(); chunk += kChunk) {
+    for (size_t i = 0; i < bundle.size(); ++i) {
+      Ahead ahead;
+      if (i + 1 < bundle.size()) ahead = bundle[i + 1].expect(chunk);
+      else if (chunk + kChunk < bundle[0].end()) ahead = bundle[0].expect(chunk + kChunk);
+      else if (!next.empty()) ahead = next[0].expect(next[0].first_chunk());
+      bundle[i].attend(chunk, ahead);
+    }
+  }
+  for (PieceWork& work : bundle) work.finish();
+}
+
+// Queries of the first of `heads` kv heads that are one bundle.
+struct Queries {
+  Piece piece;
+  int64_t heads;
+};
+
+// Items that follow each other in a prompt share the keys that they read, and the heads of a lone query
+// are one bundle, as long as there are bundles enough for all threads.
+inline std::vector<Queries> all_queries(const Attention& call, int64_t num_threads) {
+  constexpr int64_t kMostQueries = 64, kPerThread = 8;
   const int64_t num_single = std::clamp<int64_t>(*call.num_single, 0, call.tokens);
   const int64_t num_items = std::clamp<int64_t>(*call.num_items, 0, call.items);
-  const int64_t shared = num_items * call.kv_heads / (num_threads * kPiecesPerThread);
-  std::vector<Piece> pieces;
-  pieces.reserve(num_single + num_items);
-  for (int64_t token = 0; token < num_single; ++token) pieces.push_back({token, 1, call.token_row[token], 0});
-  for (int64_t item = 0; item < num_items; ++item) {
-    const int64_t first = call.item_first[item], count = call.item_count[item], row = call.item_row[item];
-    if (item > 0 && item % std::max<int64_t>(1, shared) != 0) {
-      Piece& last = pieces.back();
-      if (last.row == row && last.first + last.count == first && last.count + count <= kMostQueries) {
-        last.count += count;
-        continue;
-      }
+  const int64_t shared = num_items * call.kv_heads / (num_threads * kPerThread);
+  const int64_t heads = num_single >= num_threads * kPerThread ? call.kv_heads : 1;
+  std::vector<Queries> all;
+  const auto add = [&](const Piece& piece, int64_t at_once) {
+    for (int64_t head = 0; head < call.kv_heads; head += at_once) {
+      all.push_back({{piece.first, piece.count, piece.row, head}, at_once});
     }
-    pieces.push_back({first, count, row, 0});
+  };
+  for (int64_t token = 0; token < num_single; ++token) add({token, 1, call.token_row[token], 0}, heads);
+  for (int64_t item = 0; item < num_items;) {
+    Piece piece = {call.item_first[item], call.item_count[item], call.item_row[item], 0};
+    const int64_t group = item / std::max<int64_t>(1, shared);
+    for (++item; item < num_items && item / std::max<int64_t>(1, shared) == group; ++item) {
+      const bool follows = call.item_row[item] == piece.row && call.item_first[item] == piece.first + piece.count;
+      if (!follows || piece.count + call.item_count[item] > kMostQueries) break;
+      piece.count += call.item_count[item];
+    }
+    add(piece, 1);
   }
-  return pieces;
+  return all;
 }
 
 inline void attention(Team& team, const Attention& call) {
@@ -280,20 +311,26 @@ inline void attention(Team& team, const Attention& call) {
   if (call.tokens * per_token <= kSmallRows) prepare(0, call.tokens);
   else team.split(call.tokens, 1, 4, prepare);
 
-  const std::vector<Piece> queries = pieces_of(call, team.num_threads());
-  const int64_t num_pieces = static_cast<int64_t>(queries.size()) * call.kv_heads;
-  const auto work_at = [&](int64_t index) {
-    Piece piece = queries[index / call.kv_heads];
-    piece.kv_head = index % call.kv_heads;
-    return PieceWork(call, piece);
+  const std::vector<Queries> queries = all_queries(call, team.num_threads());
+  const auto count = static_cast<int64_t>(queries.size());
+  // The last of a prompt first: they take longest.
+  const auto bundle_at = [&](int64_t n) {
+    const Queries& these = queries[count - 1 - n];
+    Bundle bundle;
+    bundle.reserve(these.heads);
+    Piece piece = these.piece;
+    for (int64_t head = 0; head < these.heads; ++head, ++piece.kv_head) bundle.emplace_back(call, piece);
+    return bundle;
   };
-  team.split(num_pieces, 1, 8, [&](int64_t begin, int64_t end) {
+  team.split(count, 1, 8, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
+    thread_local std::vector<Progress> progress;
+    Bundle now = bundle_at(begin);
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t index = num_pieces - 1 - n;
-      PieceWork now = work_at(index);
-      if (n + 1 < end) { const PieceWork next = work_at(index - 1); now.run(scratch, &next); }
-      else now.run(scratch, nullptr);
+      Bundle next;
+      if (n + 1 < end) next = bundle_at(n + 1);
+      attend(now, next, scratch, progress);
+      now = std::move(next);
     }
   });
 }

@@ -134,6 +134,7 @@ inline float soften_tile(float soft_cap, const float* scores, int64_t from, int6
 
 // Adds to four sums, each of its own 16 keys (or numbers), so that none waits for the one before.
 inline void add_products(const bf16* left, const bf16* right) {
+  writes_are_done();
   _tile_loadd(4, left, 64);
   _tile_loadd(6, right, 64);
   _tile_dpbf16ps(0, 4, 6);
@@ -169,6 +170,7 @@ void score_tile(const bf16* q, int64_t dim, const TilesOf& tiles_of, float* scor
 template <int kParts>
 void value_tile(const bf16* weights, const bf16* values, int64_t end, int64_t width, float* sums) {
   const int64_t stride = width * 4, block = width / 16 * kTile;
+  writes_are_done();
   for (; width >= 64; width -= 64, sums += 64, values += 4 * kTile) {
     _tile_loadd(0, sums, stride);
     _tile_loadd(1, sums + 16, stride);

@@ -9,6 +9,9 @@
 namespace quire::QUIRE_LEVEL {
 
 #if defined(__AMX_BF16__)
+// GCC's loads of tiles do not say that they read memory: what was written before stays before this.
+inline void writes_are_done() { asm volatile("" : : : "memory"); }
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -26,6 +29,7 @@ class TileSession {
       config.rows[tile] = 16;
     }
     for (int tile = 0; tile < 6 && rows < 16; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
+    asm volatile("" : : "r"(&config) : "memory");  // the same, of all of it
     _tile_loadconfig(&config);
   }
   ~TileSession() { _tile_release(); }
@@ -40,6 +44,7 @@ inline void prefetch_block(const bf16* w) {
 }
 
 inline void one_tile(const bf16* a, const bf16* w, int64_t blocks, float* sums) {
+  writes_are_done();
   _tile_zero(0);
   _tile_zero(1);
   for (int64_t i = 0; i < blocks; ++i, a += 512, w += 1024) {
@@ -59,6 +64,7 @@ inline void one_tile(const bf16* a, const bf16* w, int64_t blocks, float* sums) 
 template <int kLines>
 void two_tiles(const bf16* a, const bf16* w, int64_t blocks, bool is_first, const char* ahead,
                float* sums) {
+  writes_are_done();
   if (is_first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -119,8 +125,8 @@ void panels_sums(const Rows& x, const bf16* packed, int64_t begin, int64_t end, 
   constexpr int64_t kDeepPanels = 8;            // else so many panels share the way of
   constexpr int64_t kDeepBlocks = 32;           // so many blocks of them
   const int64_t rows = x.count * x.copies, blocks = x.blocks();
-  const TileSession session(rows);
-  if (rows <= 16) {
+  const TileSession session(x.is_wide ? 16 : rows);
+  if (!x.is_wide) {
     alignas(64) float sums[16 * kPanel];
     for (int64_t panel = begin; panel < end; ++panel) {
       one_tile(x.tile(0, 0), packed + panel * blocks * 2 * kTile, blocks, sums);

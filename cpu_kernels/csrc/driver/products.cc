@@ -71,8 +71,12 @@ struct Size {
       in = random.between(8200, 8400);
       out = random.between(1, 40);
     } else if (random.chance(5)) {
-      rows = random.between(100, 300);
+      rows = random.between(100, 700);
       out = random.between(1, 40);
+    } else if (random.chance(2)) {
+      rows = random.between(250, 300);
+      in = random.between(2600, 2800);
+      out = random.between(1, 70);
     }
   }
 };
