@@ -35,20 +35,12 @@ class TileSession {
   ~TileSession() { _tile_release(); }
 };
 
-constexpr int kAllLines = 32;  // of a panel's block
-
-// The loads of a tile do not run ahead far enough to hide the way to memory.
-inline void prefetch_block(const bf16* w) {
-  const char* bytes = reinterpret_cast<const char*>(w);
-  for (int line = 0; line < kAllLines; ++line) _mm_prefetch(bytes + line * 64, _MM_HINT_T0);
-}
-
+// Of few rows nothing asks for what is read next: the processor itself runs ahead farther.
 inline void one_tile(const bf16* a, const bf16* w, int64_t blocks, float* sums) {
   writes_are_done();
   _tile_zero(0);
   _tile_zero(1);
   for (int64_t i = 0; i < blocks; ++i, a += 512, w += 1024) {
-    prefetch_block(w + 4096);
     _tile_loadd(4, a, 64);
     _tile_loadd(6, w, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -59,8 +51,8 @@ inline void one_tile(const bf16* a, const bf16* w, int64_t blocks, float* sums) 
   _tile_stored(1, sums + 16, kPanel * 4);
 }
 
-// Adds `blocks` more blocks of the input to the sums of 32 rows, and asks for kLines lines at `ahead`
-// with each: of this panel into the first cache if it is read once, else of the next into the second.
+// Adds `blocks` more blocks of the input to the sums of 32 rows, and asks for kLines lines at `ahead`,
+// the next panel, with each.
 template <int kLines>
 void two_tiles(const bf16* a, const bf16* w, int64_t blocks, bool is_first, const char* ahead,
                float* sums) {
@@ -78,7 +70,7 @@ void two_tiles(const bf16* a, const bf16* w, int64_t blocks, bool is_first, cons
   }
   for (int64_t i = 0; i < blocks; ++i, a += 2 * kTile, w += 2 * kTile, ahead += kLines * 64) {
     for (int line = 0; line < kLines; ++line) {
-      _mm_prefetch(ahead + line * 64, kLines == kAllLines ? _MM_HINT_T0 : _MM_HINT_T1);
+      _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
     }
     _tile_loadd(4, a, 64);
     _tile_loadd(6, w, 64);
@@ -99,7 +91,7 @@ template <int kLines>
 void add_blocks(const Rows& x, int64_t rows, const bf16* w, int64_t begin, int64_t end, float* sums) {
   // Blocks of the panel that stay in the first cache beside the rows that go by.
   constexpr int64_t kNearBlocks = 9;
-  const char* ahead = reinterpret_cast<const char*>(w + (kLines == kAllLines ? begin + 4 : end) * 2 * kTile);
+  const char* ahead = reinterpret_cast<const char*>(w + end * 2 * kTile);
   for (int64_t first = begin; first < end; first += kNearBlocks) {
     const int64_t count = std::min(kNearBlocks, end - first);
     for (int64_t row = 0; row < rows; row += 32, ahead += kLines * 64 * count) {
@@ -111,7 +103,7 @@ void add_blocks(const Rows& x, int64_t rows, const bf16* w, int64_t begin, int64
 
 // Adds blocks [begin, end) of the inputs to sums [rows][32]; w: the panel. The first ones set them.
 inline void add_blocks(const Rows& x, int64_t rows, const bf16* w, int64_t begin, int64_t end, float* sums) {
-  if (rows <= 32) add_blocks<kAllLines>(x, rows, w, begin, end, sums);
+  if (rows <= 32) add_blocks<0>(x, rows, w, begin, end, sums);
   else if (rows <= 64) add_blocks<16>(x, rows, w, begin, end, sums);
   else if (rows <= 128) add_blocks<8>(x, rows, w, begin, end, sums);
   else add_blocks<4>(x, rows, w, begin, end, sums);
@@ -120,10 +112,9 @@ inline void add_blocks(const Rows& x, int64_t rows, const bf16* w, int64_t begin
 // Calls done(first row, rows, panel, sums) for panels [begin, end).
 template <typename Done>
 void panels_sums(const Rows& x, const bf16* packed, int64_t begin, int64_t end, const Done& done) {
-  constexpr int64_t kFarRows = 256;             // whose sums and tiles stay in the second cache,
-  constexpr int64_t kFarInputs = 5 << 17;      // if they are no more inputs than that;
-  constexpr int64_t kDeepPanels = 8;            // else so many panels share the way of
-  constexpr int64_t kDeepBlocks = 32;           // so many blocks of them
+  // Rows whose tiles and sums stay in the second cache, if their inputs are no more than kFarInputs;
+  // else blocks come kDeepBlocks at a time, for kDeepPanels panels.
+  constexpr int64_t kFarRows = 256, kFarInputs = 5 << 17, kDeepPanels = 8, kDeepBlocks = 32;
   const int64_t rows = x.count * x.copies, blocks = x.blocks();
   const TileSession session(x.is_wide ? 16 : rows);
   if (!x.is_wide) {
