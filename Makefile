@@ -59,7 +59,7 @@ check-gpu-compile: .venv-gpu/installed
 check-jax-range: .venv-jax-$(OLDEST_JAX)/installed
 	.venv-jax-$(OLDEST_JAX)/bin/python -m pytest -q -m gpu_compile tests/gpu_compile
 	.venv-jax-$(OLDEST_JAX)/bin/python -m pytest -q -m "not slow and not gpu and not gpu_compile" \
-	  tests/kernels tests/layers --ignore tests/kernels/test_native.py --ignore tests/layers/test_sharded.py
+	  tests/kernels tests/layers --ignore-glob 'tests/kernels/test_native*.py' --ignore tests/layers/test_sharded.py
 
 format: .venv/installed-lint
 	$(BIN)/ruff format .

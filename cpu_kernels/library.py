@@ -15,7 +15,9 @@ import jax
 
 VARIABLE = "QUIRE_CPU_KERNELS"
 PATH = Path(__file__).parent / "libquire_cpu.so"
-_HANDLERS = ("linear", "mlp", "head_argmax", "embed", "attention", "zeros")
+_HANDLERS = (
+    "linear", "mlp", "head_argmax", "head_top_k", "group_sums", "embed", "attention", "zeros"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

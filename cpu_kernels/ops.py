@@ -106,6 +106,44 @@ def head_argmax(x: jax.Array, weight: jax.Array, vocab: int) -> tuple[jax.Array,
     return token, is_bad
 
 
+def head_top_k(
+    x: jax.Array,  # f32[rows, in]
+    weight: jax.Array,
+    vocab: int,
+    k: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """f32[rows, k] and i32[rows, k]: the k highest logits, falling, of equal ones the lowest ids
+    first, and their ids; i32[rows] 1 where a logit is not finite, and the others mean nothing.
+
+    k: up to the vocabulary. No logits are written.
+    """
+    rows, width = x.shape
+    results = (
+        jax.ShapeDtypeStruct((rows, k), jnp.float32),
+        jax.ShapeDtypeStruct((rows, k), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        _workspace(rows, width),
+    )
+    made: Any = jax.ffi.ffi_call("quire_head_top_k", results)(x, weight, vocab=vocab)
+    return made[0], made[1], made[2]
+
+
+def group_sums(
+    x: jax.Array,  # f32[rows, n]
+    group: jax.Array,  # i32[rows, n]; past the last group: left out
+    place: jax.Array,  # i32[rows, n], in the group; no two are the same
+    num_groups: int,
+    size: int,
+) -> jax.Array:
+    """f32[rows, num_groups]: sum_last of groups of `size` places, 0 where no x is; to the bit, as
+    long as `size` is a power of two.
+    """
+    assert size & (size - 1) == 0, size
+    result = jax.ShapeDtypeStruct((x.shape[0], num_groups), jnp.float32)
+    made: jax.Array = jax.ffi.ffi_call("quire_group_sums", result)(x, group, place, size=size)
+    return made
+
+
 def embed(ids: jax.Array, table: jax.Array, vocab: int, hidden: int) -> jax.Array:
     """f32[tokens, hidden]: rows of a packed table; ids outside the vocabulary give zeros."""
     result = jax.ShapeDtypeStruct((ids.shape[0], hidden), jnp.float32)

@@ -5,11 +5,11 @@ kept. The last one is almost always among the TOP highest; where it is not, it i
 by bit, which takes sums over the vocabulary and neither sorts nor gathers it.
 """
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from .vocab import Vocabulary
 
 TOP = 64  # of the highest logits, looked at before the whole vocabulary
 
@@ -17,12 +17,23 @@ _MASKED = -jnp.inf
 _BITS = 32
 
 
+class Summary(Protocol):
+    """What is asked of all tokens: see Vocabulary."""
+
+    @property
+    def size(self) -> int: ...
+
+    def top(self, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]: ...
+
+    def sum(self, x: jax.Array) -> jax.Array: ...
+
+
 def filter_threshold(
     x: jax.Array,  # f32[rows, width], after temperature
     top_k: jax.Array,  # i32[rows], vocab if off
     top_p: jax.Array,  # f32[rows], 1 if off
     min_p: jax.Array,  # f32[rows], 0 if off
-    vocab: Vocabulary,
+    vocab: Summary,
 ) -> jax.Array:  # f32[rows]
     """The lowest logit that min-p, top-k and top-p (each over what the former left) keep."""
     near, _ = vocab.top(x, min(TOP, vocab.size))
@@ -55,7 +66,7 @@ def _top_k_threshold(
     near: jax.Array,  # f32[rows, n], the highest of the row
     top_k: jax.Array,
     floor: jax.Array,  # f32[rows]
-    vocab: Vocabulary,
+    vocab: Summary,
 ) -> jax.Array:
     """f32[rows]: the k-th highest logit; -inf if off; any below the floor if that one is."""
     at = jnp.clip(top_k - 1, 0, near.shape[-1] - 1)[:, None]
@@ -77,7 +88,7 @@ def _last_needed(
     x: jax.Array,  # f32[rows, width]
     weights: jax.Array,  # f32[rows, width], none negative
     wanted: jax.Array,  # f32[rows]
-    vocab: Vocabulary,
+    vocab: Summary,
 ) -> jax.Array:
     """f32[rows]: the highest value for which the weights of all x from there on reach what is
     wanted.

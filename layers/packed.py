@@ -54,6 +54,12 @@ class PackedWeight:
     def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return ops.head_argmax(x, self.w, self.shape.rows)
 
+    def top(self, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """f32[tokens, k] and i32[tokens, k], the k highest outputs, falling, of equal ones the
+        lowest first, and which they are; i32[tokens], 1 if any output is not finite.
+        """
+        return ops.head_top_k(x, self.w, self.shape.rows, k)
+
     def rows(self, ids: jax.Array) -> jax.Array:
         return ops.embed(ids, self.w, self.shape.rows, self.shape.columns)
 

@@ -6,6 +6,7 @@ and its variants multiply the small one. They run inside one shard_map over the 
 those of one device.
 """
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from ..pallas_kernels.checks import KVPages
-from . import rows, sampling
-from .batch import TOKEN_ON_DEVICE, CacheShape, StepLayout, unpack
+from . import highest, rows, sampling
+from .batch import FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, CacheShape, StepLayout, unpack
 from .context import Context
 from .kv_pages import KVLayout
 from .models.llama import Decoder
+from .packed import PackedWeight
 from .vocab import Vocabulary
 
 SCORE_ROWS = 64  # logprobs go through the head in chunks of at most this many rows
@@ -95,10 +97,44 @@ class Programs:
         head = self.model.head(weights)
         if variant is Variant.GREEDY and self.vocab.axis is None:
             return sampling.sample_greedy(*head.highest(hidden_rows), state, slots)
-        logits = head.product(hidden_rows, None)
         if variant is Variant.GREEDY:
+            logits = head.product(hidden_rows, None)
             return sampling.sample_greedy(*self.vocab.highest(logits), state, slots)
-        return sampling.sample(logits, state, slots, flags, step_mask, self.vocab)
+        at = sampling.clipped(slots, state)
+
+        def from_all() -> tuple[jax.Array, jax.Array]:
+            logits = head.product(hidden_rows, None)
+            return sampling.choose(logits, state, at, flags, step_mask, self.vocab)
+
+        if isinstance(head, PackedWeight) and self.vocab.size > highest.NUM_HIGHEST:
+            token, is_bad = self._from_highest(head, hidden_rows, state, slots, flags, from_all)
+        else:
+            token, is_bad = from_all()
+        return sampling.record(token, is_bad.astype(jnp.int32), state, slots, self.vocab)
+
+    def _from_highest(
+        self,
+        head: PackedWeight,
+        hidden_rows: jax.Array,  # f32[rows, hidden]
+        state: rows.RowState,
+        slots: jax.Array,  # i32[rows]
+        flags: jax.Array,  # i32[NUM_FLAGS]
+        from_all: Callable[[], tuple[jax.Array, jax.Array]],
+    ) -> tuple[jax.Array, jax.Array]:
+        """What from_all gives, i32[rows] and bool[rows], without all logits where that can be."""
+        at, is_padding = sampling.clipped(slots, state), slots >= state.last_token.shape[0]
+
+        def try_few() -> tuple[jax.Array, jax.Array]:
+            logits, ids, is_bad = head.top(hidden_rows, highest.NUM_HIGHEST)
+            token, is_same = highest.choose(logits, ids, state, at, is_padding, self.vocab.size)
+            return token, is_same & (is_bad == 0).all()
+
+        is_few = highest.serves(state, at, is_padding)
+        is_few &= (flags[FLAG_MASKS] == 0) & (flags[FLAG_PENALTIES] == 0)
+        nothing = jnp.zeros(slots.shape, jnp.int32), jnp.zeros((), bool)
+        token, is_done = jax.lax.cond(is_few, try_few, lambda: nothing)
+        finite = jnp.zeros(slots.shape, bool)
+        return jax.lax.cond(is_done, lambda: (token, finite), from_all)
 
     def decode(
         self,

@@ -8,6 +8,7 @@ Logits and what a row keeps of each token may be split over the vocabulary (voca
 this device's part of it.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -70,9 +71,25 @@ def sample(
     vocab: Vocabulary,
 ) -> tuple[Sampled, RowState]:
     """Draw one token per row."""
-    at = jnp.minimum(
-        slots, state.last_token.shape[0] - 1
-    )  # padded rows compute on some row, and are dropped
+    at = clipped(slots, state)
+    token, is_bad = choose(logits, state, at, flags, step_mask, vocab)
+    return record(token, is_bad.astype(jnp.int32), state, slots, vocab)
+
+
+def clipped(slots: jax.Array, state: RowState) -> jax.Array:
+    """i32[rows]: padded rows compute on some row, and are dropped."""
+    return jnp.minimum(slots, state.last_token.shape[0] - 1)
+
+
+def choose(
+    logits: jax.Array,  # f32[rows, width]
+    state: RowState,
+    at: jax.Array,  # i32[rows], slots
+    flags: jax.Array,  # i32[NUM_FLAGS]
+    step_mask: jax.Array,  # u32[rows, words]
+    vocab: Vocabulary,
+) -> tuple[jax.Array, jax.Array]:
+    """i32[rows], the tokens; bool[rows], whether the logits were not finite."""
     is_bad = vocab.count(~jnp.isfinite(logits)) > 0
     adjusted = lax.cond(
         flags[FLAG_MASKS] > 0,
@@ -97,14 +114,24 @@ def sample(
         lambda x: jnp.full(x.shape[:1], _MASKED, x.dtype),
         scaled,
     )
-    uniform = _uniform(state.key[at], state.num_output[at])
+    uniform = uniform_of(state, at)
     drawn = lax.cond(
         is_greedy.all(),
         lambda x: jnp.zeros(x.shape[:1], jnp.int32),
         lambda x: draw(x, threshold, uniform, vocab),
         scaled,
     )
-    token = jnp.where(is_greedy, vocab.argmax(adjusted), drawn)
+    return jnp.where(is_greedy, vocab.argmax(adjusted), drawn), is_bad
+
+
+def record(
+    token: jax.Array,  # i32[rows]
+    is_bad: jax.Array,  # i32[rows]
+    state: RowState,
+    slots: jax.Array,  # i32[rows], num_slots where nothing is sampled
+    vocab: Vocabulary,
+) -> tuple[Sampled, RowState]:
+    """The rows' tokens, counted and handed out."""
     column = vocab.local(token, state.counts.shape[-1])
     # Counts stop at the end of i16 instead of turning negative.
     count = state.counts.at[slots, column].get(mode="fill", fill_value=0)
@@ -114,7 +141,7 @@ def sample(
         num_output=state.num_output.at[slots].add(1, mode="drop"),
         counts=state.counts.at[slots, column].set(count + (count < _MAX_COUNT), mode="drop"),
     )
-    return Sampled(jnp.stack([token, is_bad.astype(jnp.int32)]), token), new_state
+    return Sampled(jnp.stack([token, is_bad]), token), new_state
 
 
 def token_logprobs(
@@ -150,19 +177,37 @@ def draw(
     """i32[rows]: inverse-CDF draw from softmax of the logits >= threshold, in order of id. Sums go
     in levels: shards, blocks of BLOCK.
     """
-    highest = vocab.max(x)[:, None]
-    weights = jnp.where(x >= threshold[:, None], jnp.exp(x - highest), 0.0)
+    weights = kept_weights(x, threshold, vocab.max(x))
     blocks = _blocks(weights, 0.0)
-    sums = sum_last(blocks)[..., 0]  # [rows, blocks]
+
+    def inside(block: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+    return draw_from(sum_last(blocks)[..., 0], inside, uniform, vocab, x.shape[-1])
+
+
+def kept_weights(x: jax.Array, threshold: jax.Array, highest: jax.Array) -> jax.Array:
+    """f32[rows, width]: of each token, relative to the highest; 0 below the threshold."""
+    return jnp.where(x >= threshold[:, None], jnp.exp(x - highest[:, None]), 0.0)
+
+
+def draw_from(
+    sums: jax.Array,  # f32[rows, blocks], of the weights in each
+    inside: Callable[[jax.Array], jax.Array],  # f32[rows, BLOCK], the weights of i32[rows] blocks
+    uniform: jax.Array,  # f32[rows]
+    vocab: Vocabulary,
+    width: int,
+) -> jax.Array:
+    """i32[rows]: draw, once the weights are summed up."""
     ends = jnp.cumsum(sums, axis=-1)
     target, is_here = vocab.locate(ends[:, -1], uniform)
     block = first_above(ends, target, sums)
     before = jnp.where(
         block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0
     )
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [rows, BLOCK]
-    token = first_above(jnp.cumsum(inside, axis=-1), target - before, inside)
-    return vocab.of_shard((block * BLOCK + token).astype(jnp.int32), is_here, x.shape[-1])
+    weights = inside(block)
+    token = first_above(jnp.cumsum(weights, axis=-1), target - before, weights)
+    return vocab.of_shard((block * BLOCK + token).astype(jnp.int32), is_here, width)
 
 
 def _mask_and_bias(
@@ -194,6 +239,11 @@ def _penalize(x: jax.Array, state: RowState, at: jax.Array) -> jax.Array:
     x = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
     x = x - state.frequency[at][:, None] * counts
     return x - state.presence[at][:, None] * is_out
+
+
+def uniform_of(state: RowState, at: jax.Array) -> jax.Array:
+    """f32[rows]: what the rows in slots `at` draw their next token with."""
+    return _uniform(state.key[at], state.num_output[at])
 
 
 def _uniform(keys: jax.Array, position: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_TERMS = 32  # numbers added up by one kernel
+# Numbers added up by one kernel: of what is longer, those first that are an even part of it apart.
+FIRST_TERMS = 32
 _BLOCK = 128
 _TOP_K_BLOCKS = (128, 16)
 
@@ -23,7 +24,7 @@ def sum_last(x: jax.Array) -> jax.Array:
 def _by_halves(x: jax.Array) -> jax.Array:
     """Halves are added until one is left."""
     while x.shape[-1] > 1:
-        terms = min(_TERMS, 1 << (x.shape[-1] - 1).bit_length())
+        terms = min(FIRST_TERMS, 1 << (x.shape[-1] - 1).bit_length())
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % terms)])
         width = x.shape[-1] // terms
         while x.shape[-1] > width:

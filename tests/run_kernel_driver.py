@@ -16,7 +16,7 @@ from pathlib import Path
 from quire.cpu_kernels import build
 
 UNITS = ("dispatch", *(f"driver/{name}" for name in
-         ("attention", "driver", "numbers", "products", "teams")))  # fmt: skip
+         ("attention", "driver", "groups", "numbers", "products", "teams")))  # fmt: skip
 LEVEL_UNITS = ("level", "driver/conversions")
 AARCH64 = "aarch64-linux-gnu-g++"
 # Programs, and the Debian packages that have them.

@@ -10,6 +10,7 @@
 #endif
 
 #include "dispatch.h"
+#include "group_sums.h"
 #include "pack.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -69,7 +70,13 @@ int64_t rows_of(const Matrix& x, const Count& count) {
 
 const Kernels& kernels() { return *chosen.load(std::memory_order_acquire); }
 
-int threads() { return num_threads.load(std::memory_order_relaxed); }
+template <typename Call>
+ffi::Error run(ffi::ThreadPool& pool, void (*kernel)(Team&, const Call&), const Call& call) {
+  XlaPool scheduler(pool);
+  Team team(scheduler, num_threads.load(std::memory_order_relaxed));
+  kernel(team, call);
+  return ffi::Error::Success();
+}
 
 ffi::Error linear(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer weight, ffi::AnyBuffer norm,
                   ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::Result<Matrix> y,
@@ -86,10 +93,7 @@ ffi::Error linear(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer we
   const int64_t needed = workspace_bytes(call.rows, call.weight.in);
   const ffi::Error error = check("quire_linear", weight, workspace->size_bytes(), needed);
   if (error.failure()) return error;
-  XlaPool scheduler(pool);
-  Team team(scheduler, threads());
-  kernels().linear(team, call);
-  return ffi::Error::Success();
+  return run(pool, kernels().linear, call);
 }
 
 ffi::Error mlp(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer norm, ffi::AnyBuffer gate_up,
@@ -108,10 +112,7 @@ ffi::Error mlp(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer norm,
   const int64_t needed = workspace_bytes(call.rows, hidden) + workspace_bytes(call.rows, inner);
   const ffi::Error error = check("quire_mlp", gate_up, workspace->size_bytes(), needed);
   if (error.failure()) return error;
-  XlaPool scheduler(pool);
-  Team team(scheduler, threads());
-  kernels().mlp(team, call);
-  return ffi::Error::Success();
+  return run(pool, kernels().mlp, call);
 }
 
 ffi::Error head_argmax(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight,
@@ -128,9 +129,37 @@ ffi::Error head_argmax(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight,
   const int64_t needed = workspace_bytes(call.rows, call.weight.in);
   const ffi::Error error = check("quire_head_argmax", weight, workspace->size_bytes(), needed);
   if (error.failure()) return error;
-  XlaPool scheduler(pool);
-  Team team(scheduler, threads());
-  kernels().head_argmax(team, call);
+  return run(pool, kernels().head_argmax, call);
+}
+
+ffi::Error head_top_k(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight, ffi::Result<Matrix> logit,
+                      ffi::Result<ffi::BufferR2<ffi::S32>> id,
+                      ffi::Result<ffi::BufferR1<ffi::S32>> is_bad,
+                      ffi::Result<ffi::AnyBuffer> workspace, int64_t vocab) {
+  HeadTopK call = {};
+  call.rows = x.dimensions()[0];
+  call.x = x.typed_data();
+  call.weight = weight_of(weight, x.dimensions()[1], vocab, nullptr);
+  call.k = logit->dimensions()[1];
+  call.logit = logit->typed_data();
+  call.id = id->typed_data();
+  call.is_bad = is_bad->typed_data();
+  call.workspace = workspace->untyped_data();
+  if (call.k < 1 || call.k > vocab) {
+    return ffi::Error::InvalidArgument("quire_head_top_k takes a k from 1 to the vocabulary");
+  }
+  const int64_t needed = workspace_bytes(call.rows, call.weight.in);
+  const ffi::Error error = check("quire_head_top_k", weight, workspace->size_bytes(), needed);
+  if (error.failure()) return error;
+  return run(pool, kernels().head_top_k, call);
+}
+
+ffi::Error group_sums(Matrix x, ffi::BufferR2<ffi::S32> group, ffi::BufferR2<ffi::S32> place,
+                      ffi::Result<Matrix> sums, int64_t size) {
+  const GroupSums call = {x.dimensions()[0],  x.dimensions()[1],  sums->dimensions()[1], size,
+                          x.typed_data(),     group.typed_data(), place.typed_data(),
+                          sums->typed_data()};
+  sum_groups(call);
   return ffi::Error::Success();
 }
 
@@ -223,10 +252,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
   call.item_count = arrays[10];
   call.q = static_cast<float*>(q->untyped_data());
   call.out = static_cast<float*>(out->untyped_data());
-  XlaPool scheduler(pool);
-  Team team(scheduler, threads());
-  kernels().attention(team, call);
-  return ffi::Error::Success();
+  return run(pool, kernels().attention, call);
 }
 
 }  // namespace
@@ -272,6 +298,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_head_argmax, quire::head_argmax,
                                   .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("vocab"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_head_top_k, quire::head_top_k,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("vocab"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_group_sums, quire::group_sums,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Attr<int64_t>("size"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_embed, quire::embed,
                               xla::ffi::Ffi::Bind()

@@ -1,4 +1,4 @@
-// The vocabulary head for greedy rows: no logits are written.
+// The vocabulary head for greedy rows: no logits are written. What it shares with that of the k highest.
 
 #pragma once
 
@@ -18,6 +18,32 @@ inline uint64_t rank_of(float logit, int64_t id) {
       bits < 0 ? ~static_cast<uint32_t>(bits) : static_cast<uint32_t>(bits) | 0x80000000u;
   return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
 }
+
+// The logits of one row in one panel.
+struct PanelOfRow {
+  float highest;
+  bool is_bad;  // one is not finite
+
+  PanelOfRow(const float* logits, int64_t count) : highest(logits[0]) {
+    float zeros = 0.0f;
+    if (count == kPanel) {
+      Vf top = load(logits), zero = load(logits) * broadcast(0.0f);
+      for (int j = kLanes; j < kPanel; j += kLanes) {
+        top = max(top, load(logits + j));
+        zero = zero + load(logits + j) * broadcast(0.0f);
+      }
+      highest = max(top);
+      zeros = sum(zero);
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        highest = logits[j] > highest ? logits[j] : highest;
+        zeros += logits[j] * 0.0f;
+      }
+    }
+    // 0 * x is not 0 only of an x that is not finite.
+    is_bad = zeros != 0.0f;
+  }
+};
 
 inline void raise_to(std::atomic<uint64_t>& best, uint64_t rank) {
   uint64_t seen = best.load(std::memory_order_relaxed);
@@ -40,28 +66,13 @@ class Highest {
     const int64_t first = panel * kPanel, count = std::min(kPanel, call_.weight.out - first);
     for (int64_t r = 0; r < rows; ++r) {
       const float* s = sums + r * kPanel;
-      float highest = s[0], zeros = 0.0f;
-      if (count == kPanel) {
-        Vf top = load(s), zero = load(s) * broadcast(0.0f);
-        for (int j = kLanes; j < kPanel; j += kLanes) {
-          top = max(top, load(s + j));
-          zero = zero + load(s + j) * broadcast(0.0f);
-        }
-        highest = max(top);
-        zeros = sum(zero);
-      } else {
-        for (int64_t j = 0; j < count; ++j) {
-          highest = s[j] > highest ? s[j] : highest;
-          zeros += s[j] * 0.0f;
-        }
-      }
-      // 0 * x is not 0 only of an x that is not finite.
-      if (zeros != 0.0f) is_bad_[first_row + r].store(true, std::memory_order_relaxed);
+      const PanelOfRow here(s, count);
+      if (here.is_bad) is_bad_[first_row + r].store(true, std::memory_order_relaxed);
       std::atomic<uint64_t>& best = best_[first_row + r];
-      if (rank_of(highest, first) < best.load(std::memory_order_relaxed)) continue;
+      if (rank_of(here.highest, first) < best.load(std::memory_order_relaxed)) continue;
       int64_t at = 0;
-      while (at < count - 1 && s[at] != highest) ++at;
-      raise_to(best, rank_of(highest, first + at));
+      while (at < count - 1 && s[at] != here.highest) ++at;
+      raise_to(best, rank_of(here.highest, first + at));
     }
   }
 

@@ -65,6 +65,18 @@ struct HeadArgmax {
   void* workspace;  // workspace_bytes(rows, in)
 };
 
+// The k highest logits of each row and where they are.
+struct HeadTopK {
+  int64_t rows;
+  const float* x;  // [rows, in]
+  Weight weight;   // out: the vocabulary
+  int64_t k;       // 1 to the vocabulary
+  float* logit;     // [rows, k], falling; 0 for -0
+  int32_t* id;      // [rows, k], of equal logits the lowest first
+  int32_t* is_bad;  // [rows], 1 if a logit is not finite: then the others mean nothing
+  void* workspace;  // workspace_bytes(rows, in)
+};
+
 // Room for prepared rows: f32, or twice bf16.
 constexpr int64_t workspace_bytes(int64_t rows, int64_t in) {
   return round_up(rows, 16) * round_up(in, kDepth) * 4;
@@ -100,6 +112,7 @@ struct Kernels {
   void (*linear)(Team&, const Linear&);
   void (*mlp)(Team&, const Mlp&);
   void (*head_argmax)(Team&, const HeadArgmax&);
+  void (*head_top_k)(Team&, const HeadTopK&);
   void (*attention)(Team&, const Attention&);
 };
 

@@ -260,12 +260,15 @@ def test_an_unknown_level_is_refused_with_those_there_are():
 @pytest.mark.slow
 @pytest.mark.parametrize("place", range(1, 5))
 def test_every_level_that_the_processor_has(library: Library, place: int):
-    """The tests of this file and of attention, one level after another."""
+    """The tests of the kernels, one level after another."""
     if place >= len(library.levels):
         pytest.skip(f"this processor has {len(library.levels)} levels")
     level = library.levels[place]
     folder = os.path.dirname(__file__)
-    files = [os.path.join(folder, f"test_{name}.py") for name in ("native", "paged_attention")]
+    files = [
+        os.path.join(folder, f"test_{name}.py")
+        for name in ("native", "native_top", "paged_attention")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:randomly", *files]
     done = subprocess.run(
         command, env=os.environ | {VARIABLE: level}, capture_output=True, text=True, check=False

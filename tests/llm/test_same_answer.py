@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from quire import LLM, RequestOutput, SamplingParams
 from quire.cpu_kernels.library import Library
+from quire.layers import sampling
 from quire.pallas_kernels.registry import cpu_library
 
 from .engines import Comparison, start
@@ -201,3 +202,44 @@ def test_logprobs_are_the_same_to_the_last_bit_in_any_company(family: str, dtype
 def _forget() -> Iterator[None]:
     yield
     expected.cache_clear()
+
+
+@pytest.mark.skipif(not isinstance(cpu_library(), Library), reason="of the C++ kernels")
+def test_few_of_the_logits_are_read_until_a_row_needs_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens from all logits are made 0, so that it shows where they come from. That both ways give
+    the same ones is seen above: alone such a row takes the one, among the others the other.
+    """
+    choose = sampling.choose
+
+    def zeros(*args: Any) -> Any:
+        token, is_bad = choose(*args)
+        return token * 0, is_bad
+
+    few = [
+        {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "logprobs": 2},
+        {"temperature": 0.7, "top_k": 64, "min_p": 0.02},
+        {"temperature": 0},
+    ]
+    whole = [
+        {"top_p": 0.9},
+        {"top_k": 65},
+        {"top_k": 5, "presence_penalty": 1.0},
+        {"top_k": 5, "allowed_token_ids": [3, 4, 5]},
+        {"temperature": 0, "logit_bias": {3: -1.0}},
+    ]
+
+    def tokens(llm: LLM, kinds: list[dict[str, Any]]) -> list[list[int]]:
+        cases = [
+            ([5, 6, 7], SamplingParams(**k, seed=3, max_tokens=4, ignore_eos=True)) for k in kinds
+        ]
+        return [o.outputs[0].token_ids for o in run(llm, cases)]
+
+    with start(FAMILY, enable_prefix_caching=False) as llm:
+        right = tokens(llm, few)
+    monkeypatch.setattr(sampling, "choose", zeros)
+    with start(FAMILY, enable_prefix_caching=False) as llm:
+        assert tokens(llm, few) == right
+        assert tokens(llm, few[:1]) == right[:1]
+        for kind in whole:
+            assert tokens(llm, [kind]) == [[0] * 4], kind
+            assert tokens(llm, [few[0], kind])[0] == [0] * 4

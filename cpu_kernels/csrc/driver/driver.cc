@@ -133,11 +133,12 @@ int Case::num_failed() { return num_failed_cases; }
 int run(int num_cases, uint64_t first_seed) {
   Threads pool(4);
   check_pack(first_seed);
+  check_group_sums(first_seed);
   check_teams(first_seed);
   const std::pair<const char*, void (*)(const Kernels&, uint64_t, Threads&)> checks[] = {
       {"linear", check_linear},
       {"mlp", check_mlp},
-      {"head_argmax", check_head},
+      {"heads", check_head},
       {"attention", check_attention}};
   for (const Kernels* level : levels()) {
     const auto start = std::chrono::steady_clock::now();

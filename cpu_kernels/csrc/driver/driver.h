@@ -158,6 +158,7 @@ void check_mlp(const Kernels& level, uint64_t seed, Threads& pool);
 void check_head(const Kernels& level, uint64_t seed, Threads& pool);
 void check_attention(const Kernels& level, uint64_t seed, Threads& pool);
 void check_pack(uint64_t seed);
+void check_group_sums(uint64_t seed);
 void check_teams(uint64_t seed);
 
 }  // namespace quire::driver

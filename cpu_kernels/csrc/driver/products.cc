@@ -1,4 +1,4 @@
-// Products, the gated layer and the greedy head against loops in double precision.
+// Products, the gated layer and the heads against loops in double precision.
 
 #include <algorithm>
 #include <cmath>
@@ -186,6 +186,26 @@ std::vector<int64_t> sample(Random& random, int64_t rows) {
   return chosen;
 }
 
+// The k highest of `logits`, of equal ones the lowest ids first. highest: null if there are but ids.
+void expect_highest(Case& result, const float* logits, int64_t vocab, int64_t k, const float* highest,
+                    const int32_t* ids, int32_t is_bad) {
+  std::vector<int32_t> order(vocab);
+  for (int64_t id = 0; id < vocab; ++id) order[id] = static_cast<int32_t>(id);
+  const bool has_bad = !std::all_of(logits, logits + vocab, [](float x) { return std::isfinite(x); });
+  if (is_bad != static_cast<int32_t>(has_bad)) return result.fail("is_bad is %d", is_bad);
+  for (int64_t i = 0; has_bad && i < k; ++i) {
+    if (ids[i] < 0 || ids[i] >= vocab) result.fail("id %d is none", ids[i]);
+  }
+  if (has_bad) return;
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  for (int64_t i = 0; i < k; ++i) {
+    if (ids[i] != order[i]) {
+      result.fail("id %d is %d and should be %d", static_cast<int>(i), ids[i], order[i]);
+    }
+    if (highest != nullptr && highest[i] != logits[order[i]]) result.fail("logit %d", static_cast<int>(i));
+  }
+}
+
 // Some rows of a call, whose result has to be the same alone.
 struct Part {
   int64_t first, rows;
@@ -280,7 +300,7 @@ void check_mlp(const Kernels& level, uint64_t seed, Threads& pool) {
 
 void check_head(const Kernels& level, uint64_t seed, Threads& pool) {
   Random random(seed);
-  Case result(level.name, "head_argmax", seed);
+  Case result(level.name, "heads", seed);
   const int64_t rows = random.between(1, 40), in = random.between(1, 200);
   const int64_t vocab = random.between(1, 700);
   const Dtype dtype = random.chance(50) ? Dtype::kBf16 : Dtype::kF32;
@@ -302,28 +322,26 @@ void check_head(const Kernels& level, uint64_t seed, Threads& pool) {
   const auto* rows_of_x = static_cast<const float*>(x.data());
   const Linear product = {rows, rows_of_x, Norm{}, false, weight.weight(), nullptr, nullptr, nullptr};
   const Numbers logits = run_linear(level, product, pool, 1);
+  const auto* numbers = static_cast<const float*>(logits.data());
+  const int64_t k = random.between(1, random.chance(50) ? vocab : std::min<int64_t>(vocab, 70));
   for (const int num_threads : {1, 2, 5}) {
-    std::vector<int32_t> token(rows, -1), is_bad(rows, -1);
-    Memory<uint8_t> workspace(workspace_bytes(rows, in), 0xff);
-    const HeadArgmax call = {rows,         rows_of_x,     weight.weight(),
-                             token.data(), is_bad.data(), workspace.data()};
     Team team(pool, num_threads);
-    level.head_argmax(team, call);
+    Memory<int32_t> token(rows, -1), ids(rows * k, -1), is_bad(rows, -1);
+    Memory<float> highest(rows * k, NAN);
+    Memory<uint8_t> workspace(workspace_bytes(rows, in), 0xff);
+    level.head_argmax(team, {rows, rows_of_x, weight.weight(), token.data(), is_bad.data(),
+                             workspace.data()});
     for (int64_t row = 0; row < rows; ++row) {
-      int64_t best = 0;
-      bool has_bad = false;
-      for (int64_t id = 0; id < vocab; ++id) {
-        const float logit = logits.get(row * vocab + id);
-        has_bad = has_bad || !std::isfinite(logit);
-        if (logit > logits.get(row * vocab + best)) best = id;
-      }
-      if (is_bad[row] != static_cast<int32_t>(has_bad)) {
-        result.fail("is_bad of row %d is %d, with %d threads", static_cast<int>(row), is_bad[row], num_threads);
-      } else if (!has_bad && token[row] != best) {
-        result.fail("token of row %d is %d and should be %d, with %d threads", static_cast<int>(row),
-                    token[row], static_cast<int>(best), num_threads);
-      }
+      expect_highest(result, numbers + row * vocab, vocab, 1, nullptr, &token[row], is_bad[row]);
     }
+    std::fill(is_bad.begin(), is_bad.end(), -1);
+    level.head_top_k(team, {rows, rows_of_x, weight.weight(), k, highest.data(), ids.data(), is_bad.data(),
+                            workspace.data()});
+    for (int64_t row = 0; row < rows; ++row) {
+      expect_highest(result, numbers + row * vocab, vocab, k, &highest[row * k], &ids[row * k],
+                     is_bad[row]);
+    }
+    if (result.has_failed()) return result.describe(std::to_string(num_threads) + " threads");
   }
 }
 
