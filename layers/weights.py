@@ -1,7 +1,7 @@
 """A Param tree -> its arrays on the devices, from a checkpoint or at random.
 
-Each shard of a Param is copied once from the mapped files, already joined and in its dtype, and
-goes to its own device, so the peak above the weights is a few tensors' shards.
+Each shard of a Param is filled once from the mapped files, joined and in its dtype, and goes to its
+own device, so the peak above the weights is a few tensors' shards.
 """
 
 import math
@@ -21,13 +21,13 @@ from .arena import Arena
 from .checkpoint import Checkpoint, CheckpointError, check_names
 from .mesh import MODEL, partition
 from .param import Param, map_params, param_leaves
-from .quantization.registry import WeightFormat
+from .quantization.registry import Parts, WeightFormat
 from .sharding import (
     global_shape,
     local_columns,
     local_param,
+    local_parts,
     local_rows,
-    local_values,
     split_axis,
 )
 
@@ -52,21 +52,11 @@ def load_weights(
     check_names(checkpoint, params, is_unused)
     arena, num_shards = _arena(params, weight_format, mesh), mesh.shape[MODEL]
 
-    def values(param: Param, shard: int) -> np.ndarray:
-        with np.errstate(over="ignore"):  # said below, with the tensor's name
-            made = local_values(
-                param, shard, num_shards, lambda s: checkpoint.read(s.tensor), weight_format.dtype
-            )
-        if weight_format.dtype == np.float16 and not np.isfinite(made).all():
-            names = ", ".join(s.tensor for s in param.slices)
-            raise CheckpointError(
-                f"{names}: values beyond float16's 65504 would become infinite; use dtype "
-                "bfloat16 or float32"
-            )
-        return made
+    def parts(param: Param, shard: int) -> Parts:
+        return local_parts(param, shard, num_shards, lambda s: checkpoint.read(s.tensor))
 
     def load(param: Param) -> Any:
-        array = _placed(param, partial(values, param), weight_format, mesh, arena)
+        array = _placed(param, partial(parts, param), weight_format, mesh, arena)
         for piece in param.slices:
             checkpoint.forget(piece.tensor)
         progress(_local_bytes(param, weight_format, num_shards))
@@ -90,7 +80,7 @@ def dummy_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, seed: in
         local = local_param(param, num_shards)
         if weight_format.shape(local) != local.shape:  # as kernels for one device have it
             values = np.asarray(array)
-            array = _placed(param, lambda shard: values, weight_format, mesh, arena)
+            array = _placed(param, lambda shard: [(0, values)], weight_format, mesh, arena)
         return weight_format.wrap(local, array)
 
     return map_params(make, params)
@@ -155,12 +145,12 @@ def _arena(params: Any, weight_format: WeightFormat, mesh: Mesh) -> Arena | None
 
 def _placed(
     param: Param,
-    values: Callable[[int], np.ndarray],
+    parts: Callable[[int], Parts],
     weight_format: WeightFormat,
     mesh: Mesh,
     arena: Arena | None,
 ) -> jax.Array:
-    """The Param's array on its devices, from the values of each shard, which are asked for one by
+    """The Param's array on its devices, from the parts of each shard, which are asked for one by
     one.
     """
     num_shards = mesh.shape[MODEL]
@@ -170,7 +160,14 @@ def _placed(
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         shard = 0 if axis is None or index is None else (index[axis].start or 0) // shape[axis]
         array = np.zeros(shape, dtype) if arena is None else arena.take(shape, dtype)
-        weight_format.fill(local, values(shard), array)
+        with np.errstate(over="ignore"):  # said below, with the tensor's name
+            weight_format.fill(local, parts(shard), array)
+        if weight_format.dtype == np.float16 and not np.isfinite(array).all():
+            names = ", ".join(s.tensor for s in param.slices)
+            raise CheckpointError(
+                f"{names}: values beyond float16's 65504 would become infinite; use dtype "
+                "bfloat16 or float32"
+            )
         return array
 
     sharding = NamedSharding(mesh, partition(param.axes))
