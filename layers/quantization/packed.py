@@ -22,6 +22,10 @@ class Packed:
 
     dtype: np.dtype
 
+    def layout(self) -> str:
+        """Another one if arrays of another layout are made of the same Params."""
+        return packing.layout(self.dtype)
+
     def shape(self, param: Param) -> tuple[int, ...]:
         """Of the array that holds it."""
         return _shape(param).packed if _is_packed(param) else param.shape

@@ -22,6 +22,9 @@ class Plain:
     dtype: np.dtype
     kernel: Kernel | None = None
 
+    def layout(self) -> None:
+        """The checkpoint's own: there is nothing to keep."""
+
     def shape(self, param: Param) -> tuple[int, ...]:
         """Of the array that holds it."""
         return param.shape

@@ -4,6 +4,7 @@ and that a row's numbers depend on nothing but the row.
 Each of the levels that the processor has runs these tests, in a process of its own.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_parts_are_packed_one_by_one(
     whole, shape = packed(matrix, is_gated=is_gated)
     made = np.zeros_like(whole)
     ends = np.cumsum([0, *parts, *parts])
-    for first, end in reversed([*zip(ends, ends[1:], strict=False)]):
+    for first, end in reversed([*itertools.pairwise(ends)]):
         pack(matrix[first:end], first, shape, made)
     np.testing.assert_array_equal(made.view(np.uint8), whole.view(np.uint8))
 
