@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from quire.cpu_kernels import packing
@@ -25,8 +27,9 @@ from quire.engine.weight_loading import (
 )
 from quire.layers.checkpoint import Checkpoint
 from quire.layers.mesh import make_mesh
-from quire.layers.param import Kind, param_leaves
+from quire.layers.param import Kind, linear_param, param_leaves
 from quire.layers.quantization.registry import choose_format
+from quire.layers.weight_cache import WeightCache
 from quire.layers.weights import open_arena
 from quire.pallas_kernels.registry import choose, cpu_library
 from safetensors.numpy import load_file, save_file
@@ -34,6 +37,7 @@ from safetensors.numpy import load_file, save_file
 pytestmark = pytest.mark.skipif(
     not isinstance(cpu_library(), Library), reason="there are no C++ kernels here"
 )
+IMAGE_BYTES = 96 * 64 * 2  # of 70 outputs and 40 inputs, padded
 PACKED = "packed, which the cache is being given"
 
 
@@ -65,10 +69,14 @@ def load(model: Path, cache: Path, **options: Any) -> tuple[LoadedWeights, list[
     """What was loaded, and said while the cache was written."""
     said: list[str] = []
     loaded = loading(model, cache, **options).load(0, lambda _: None, said.append)
+    wait_for_cache()
+    return loaded, said
+
+
+def wait_for_cache() -> None:
     for thread in threading.enumerate():
         if thread.name == "keep-weights":
             thread.join()
-    return loaded, said
 
 
 def outcome(loaded: LoadedWeights) -> str:
@@ -115,14 +123,33 @@ def test_progress_counts_all_bytes_either_way(model: Path, tmp_path: Path):
 def test_a_damaged_file_is_said_and_packed_again(model: Path, tmp_path: Path):
     first, _ = load(model, tmp_path)
     (path,) = (tmp_path / "weights").iterdir()
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    with path.open("r+b") as file:
+        # Up to the sums; what was read of it must not stay where the packed form has zeros.
+        file.write(b"\xff" * (path.stat().st_size - 1000))
     again, _ = load(model, tmp_path)
     said = f"{path} is truncated or damaged; the weights are packed again"
     assert (again.lines[0], outcome(again)) == (said, PACKED)
     assert same(first, again)
     assert outcome(load(model, tmp_path)[0]) == "in packed form from the cache"
+
+
+def test_nothing_of_a_damaged_file_stays_in_the_padding(tmp_path: Path):
+    save_file({"m.w.weight": np.ones((70, 40), ml_dtypes.bfloat16)}, tmp_path / "a.safetensors")
+    params = {"w": linear_param("m.w.weight", (70, 40), ("mlp", "hidden"))}
+    model = SimpleNamespace(params=lambda: params, is_unused=lambda name: False)
+    files: Any = SimpleNamespace(info=SimpleNamespace(model=model), checkpoint=Checkpoint(tmp_path))
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    weight_format = choose_format(dtype, choose("cpu", dtype=dtype))
+    cache = WeightCache(tmp_path / "weights", 1 << 20)
+    made = []
+    for _ in range(2):
+        loaded = WeightLoading(files, weight_format, make_mesh(1), cache).load(0, int, print)
+        made.append(np.asarray(loaded.tree["w"].w).tobytes())
+        wait_for_cache()
+        (path,) = cache.folder.iterdir()
+        path.write_bytes(b"\xff" * IMAGE_BYTES + path.read_bytes()[IMAGE_BYTES:])
+    assert made[0] == made[1]
+    assert len(made[0]) == IMAGE_BYTES
 
 
 def test_a_cache_that_fails_is_said_and_the_start_goes_on(model: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Files of packed weights: whole or not there, within their limit, and no other error than one."""
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -129,6 +130,31 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+
+
+def test_what_was_not_used_for_the_longest_goes_first(cache: WeightCache):
+    for name in "abc":
+        cache.keep(name, image(1))
+    read(cache, "a")
+    cache.keep("d", image(1))
+    assert files(cache) == ["a.weights", "c.weights", "d.weights"]
+
+
+def test_a_part_that_was_renamed_before_it_could_be_locked_is_not_written(
+    cache: WeightCache, monkeypatch: pytest.MonkeyPatch
+):
+    cache.keep("a", image(1))
+    (cache.folder / "a.weights").rename(cache.folder / "a.part")
+    lock = fcntl.flock
+
+    def later(descriptor: int, operation: int) -> None:
+        (cache.folder / "a.part").rename(cache.folder / "a.weights")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", later)
+    with weight_cache._alone(cache.folder / "a.part") as descriptor:
+        assert descriptor is None
+    np.testing.assert_array_equal(read(cache, "a"), image(1))
 
 
 def test_a_file_under_another_name_is_refused(cache: WeightCache):
