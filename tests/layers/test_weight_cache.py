@@ -76,6 +76,7 @@ class Machine(RuleBasedStateMachine):
     @rule(name=NAMES, seed=st.integers(0, 9))
     def keep(self, name: str, seed: int) -> None:
         self.cache.keep(name, image(seed))
+        assert f"{name}.part" not in files(self.cache)
         if name in self.kept:
             return
         while sum(kept.size for kept in self.kept.values()) + FILE_BYTES > LIMIT:
