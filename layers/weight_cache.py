@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-_BLOCK = 4 << 20
+# Large: each takes the interpreter's lock several times, which tracing holds meanwhile.
+_BLOCK = 32 << 20
 _READ_THREADS = 4
 _DIGEST_BYTES = hashlib.sha256().digest_size
 # Smaller weights are packed in a tenth of a second; tests and demos leave no files.
