@@ -106,7 +106,15 @@ class EngineConfig:
         False, "compile each program on first use: starts at once, for debugging only"
     )
     cache_dir: str | None = _option(
-        None, "compiled programs; $QUIRE_CACHE_DIR, else $XDG_CACHE_HOME/quire, else ~/.cache/quire"
+        None,
+        "compiled programs and packed weights; $QUIRE_CACHE_DIR, else $XDG_CACHE_HOME/quire, else "
+        "~/.cache/quire",
+    )
+    weight_cache_bytes: int = _option(
+        20 << 30,
+        "disk for weights in the packed form of the CPU kernels, so that they are packed once; the "
+        "longest unused go first, and 0 keeps none",
+        metavar="BYTES",
     )
 
     def __post_init__(self) -> None:
@@ -134,6 +142,7 @@ _LOWEST = {
     "cpu_threads": 1,
     "page_size": 1,
     "decode_steps": 1,
+    "weight_cache_bytes": 0,
     "max_logprobs": -1,
 }
 

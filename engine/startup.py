@@ -16,13 +16,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ..layers.checkpoint import CheckpointError
 from ..layers.context import Context
 from ..layers.kv_pages import KVLayout, page_bytes, plan_layout
 from ..layers.mesh import MODEL
 from ..layers.programs import Programs
 from ..layers.quantization.registry import choose_format
-from ..layers.weights import dummy_weights, load_weights, weight_bytes
+from ..layers.weight_cache import WeightCache
+from ..layers.weights import weight_bytes
 from ..pallas_kernels import registry
 from ..pallas_kernels.checks import AttentionShape
 from . import gpu_memory, memory
@@ -30,7 +30,7 @@ from .buckets import Buckets, plan_buckets
 from .compiler import CompileReport, default_cache_dir, open_cache, return_freed_memory
 from .config import EngineConfig
 from .core import EngineCore
-from .errors import ConfigError, ModelError
+from .errors import ConfigError
 from .kv_plan import KVPlan, Sizes, gpu_kv_budget, plan_kv, table_width, wanted_context
 from .lowering import Lowering
 from .model_files import ModelFiles, open_model
@@ -39,6 +39,7 @@ from .policies import POLICIES
 from .processors import describe_kernels
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerConfig
+from .weight_loading import LoadedWeights, WeightLoading, open_weight_cache
 
 Say = Callable[[str], None]
 # What is under way, how much of it is done, and how much there is: programs, or bytes of weights.
@@ -104,7 +105,7 @@ def start_engine(
         say(f"cpu kernels: {kernels.line}")
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
         # Reading files and compiling need different things; they go side by side.
-        loading = pool.submit(build.weights, bar)
+        loading = pool.submit(build.weights, bar, open_weight_cache(config, cache), say)
         report = CompileReport(loaded=0, compiled=0, lower_s=0.0, total_s=0.0)
         if not config.lazy_compile:
             with bar("programs", len(runner.program_specs()), unit="program") as programs:
@@ -115,7 +116,10 @@ def start_engine(
         for line in plan.lines(sizes.page_size):
             say(line)
         memory.check_total(plan)
-        runner.set_weights(loading.result())
+        loaded = loading.result()
+        for line in loaded.lines:
+            say(line)
+        runner.set_weights(loaded.tree)
     runner.allocate()
     if not config.lazy_compile:
         runner.warm_up()
@@ -210,19 +214,13 @@ class Builder:
             )
         )
 
-    def weights(self, bar: Callable[..., Any]) -> Any:
+    def weights(
+        self, bar: Callable[..., Any], cache: WeightCache | None, say: Say
+    ) -> LoadedWeights:
         """The weights on the device."""
-        params, checkpoint = self.files.info.model.params(), self.files.checkpoint
-        if checkpoint is None:
-            return dummy_weights(params, self.format, self.mesh, self.config.seed)
-        is_unused = self.files.info.model.is_unused
+        loading = WeightLoading(self.files, self.format, self.mesh, cache)
         with bar("weights", self.weight_bytes(), unit="B", unit_scale=True, position=1) as loaded:
-            try:
-                return load_weights(
-                    checkpoint, params, self.format, self.mesh, is_unused, loaded.update
-                )
-            except CheckpointError as error:
-                raise ModelError(str(error)) from error
+            return loading.load(self.config.seed, loaded.update, say)
 
     def weight_bytes(self) -> int:
         """On each device."""

@@ -4,9 +4,10 @@ With pages of 4 KiB a processor reads weights a quarter slower (one core: 16 GB/
 pages), because it looks up an address for every 64 lines.
 """
 
+import itertools
 import math
 import mmap
-import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,26 +16,27 @@ _HUGE = 2 << 20
 
 
 class Arena:
-    """Hands out at most `num_arrays` arrays of zeros, `num_bytes` in all."""
+    """Arrays of zeros, one of each of `sizes` bytes; image: u8[…], all of them as they lie."""
 
-    def __init__(self, num_bytes: int, num_arrays: int) -> None:
-        self._lock = threading.Lock()
-        # Private: what is shared counts as a file, and files come in small pages.
-        size, flags = num_bytes + num_arrays * _LINE + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._mapping = mmap.mmap(-1, size, flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        address = np.frombuffer(self._mapping, np.uint8).ctypes.data
-        self._next = -address % _HUGE
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.offsets = (0, *itertools.accumulate(-(-size // _LINE) * _LINE for size in sizes))
+        self.image = _huge_zeros(self.offsets[-1])
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def array(self, index: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        start, end = self.offsets[index : index + 2]
         size = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            offset = self._next
-            assert offset + size <= len(self._mapping), "more than was said at first"
-            self._next = offset + -(-size // _LINE) * _LINE
-        flat = np.frombuffer(self._mapping, np.uint8, size, offset)
-        return flat.view(dtype).reshape(shape)
+        assert size <= end - start, "more than was said at first"
+        return self.image[start : start + size].view(dtype).reshape(shape)
+
+
+def _huge_zeros(num_bytes: int) -> np.ndarray:
+    # Private: what is shared counts as a file, and files come in small pages.
+    mapping = mmap.mmap(-1, num_bytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(mapping, np.uint8)
+    start = -whole.ctypes.data % _HUGE
+    return whole[start : start + num_bytes]
 
 
 def passing_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -4,9 +4,11 @@ Two exact lists, missing and unexpected tensors, and a refusal if either has any
 pickle. What becomes of the tensors is the business of weights.py.
 """
 
+import hashlib
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -50,6 +52,7 @@ class Checkpoint:
         self.folder = folder
         self._maps: dict[Path, mmap.mmap] = {}
         self._tensors: dict[str, StoredTensor] = {}
+        self._digests: list[str] = []  # of the files
         for path in _weight_files(folder):
             for name, tensor in self._read_header(path):
                 if name in self._tensors:
@@ -59,6 +62,12 @@ class Checkpoint:
                         "the file that does not belong to this model"
                     )
                 self._tensors[name] = tensor
+
+    def identity(self) -> list[str]:
+        """Digests of the files, the same wherever they are. Their data is not read: a file that was
+        written, copied or renamed since has another time of its last change.
+        """
+        return sorted(self._digests)
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -100,12 +109,17 @@ class Checkpoint:
             )
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            status = os.fstat(file.fileno())
         self._maps[path] = mapped
         (length,) = struct.unpack("<Q", mapped[:8])
         if length > min(total - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{path} says its header has {length} bytes but the file has {total}; {again}"
             )
+        # The time of modification alone is not enough: those who pack images and archives set it to
+        # one value for all files, and two fine-tuned models have the same header and size.
+        times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "
+        self._digests.append(hashlib.sha256(times.encode() + mapped[8 : 8 + length]).hexdigest())
         try:
             header = json.loads(mapped[8 : 8 + length], object_pairs_hook=_without_duplicates)
             tensors = {

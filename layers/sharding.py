@@ -6,7 +6,7 @@ stay together; with fewer key and value heads than shards, several shards hold t
 vocabulary is padded with rows of zeros (vocab.py). Weights divided by columns are cut evenly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import jax
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .arena import passing_zeros
 from .mesh import MESH_AXIS_BY_LOGICAL, MODEL
 from .param import Param, Slice
 from .vocab import padded_vocab
@@ -46,28 +45,21 @@ def global_shape(local: tuple[int, ...], param: Param, num_shards: int) -> tuple
     )
 
 
-def local_values(
-    param: Param,
-    shard: int,
-    num_shards: int,
-    read: Callable[[Slice], np.ndarray],
-    dtype: np.dtype,
-) -> np.ndarray:
-    """The values of local_param. read: the whole tensor of a slice, of which only this shard's part
-    is touched.
+def local_parts(
+    param: Param, shard: int, num_shards: int, read: Callable[[Slice], np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The values of local_param as the checkpoint has them: the first row and the rows of each
+    slice. read: the whole tensor of a slice, of which only this shard's part is touched.
     """
     local, axis = local_param(param, num_shards), split_axis(param)
-    values = passing_zeros(local.shape, dtype)
     row = 0
     for piece, part in zip(param.slices, local.slices, strict=True):
         first = 0 if axis is None else _first(param, piece, shard, num_shards)
         size = part.rows if axis != 1 else local.shape[1]
         tensor = read(piece)
-        mine = tensor[:, first : first + size] if axis == 1 else tensor[first : first + size]
-        # The last rows of a padded vocabulary stay zeros.
-        values[row : row + len(mine)] = mine
+        # A padded vocabulary's last rows are not there: they stay zeros.
+        yield row, tensor[:, first : first + size] if axis == 1 else tensor[first : first + size]
         row += part.rows
-    return values
 
 
 def local_rows(param: Param, shard: jax.Array, num_shards: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """A Param tree -> its arrays on the devices, from a checkpoint or at random.
 
-Each shard of a Param is copied once from the mapped files, already joined and in its dtype, and
-goes to its own device, so the peak above the weights is a few tensors' shards.
+Each shard of a Param is filled once from the mapped files, joined and in its dtype, and goes to its
+own device, so the peak above the weights is a few tensors' shards.
 """
 
 import math
@@ -21,15 +21,18 @@ from .arena import Arena
 from .checkpoint import Checkpoint, CheckpointError, check_names
 from .mesh import MODEL, partition
 from .param import Param, map_params, param_leaves
-from .quantization.registry import WeightFormat
+from .quantization.registry import Parts, WeightFormat
 from .sharding import (
     global_shape,
     local_columns,
     local_param,
+    local_parts,
     local_rows,
-    local_values,
     split_axis,
 )
+
+# Makes an array of a shape and a dtype.
+Zeros = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
 _LOAD_THREADS = 4
 _DRAWN_AT_ONCE = 1 << 22  # random numbers
@@ -42,31 +45,25 @@ def load_weights(
     mesh: Mesh,
     is_unused: Callable[[str], bool],
     progress: Callable[[int], None] = lambda num_bytes: None,
+    arena: Arena | None = None,
 ) -> Any:
     """The tree with each Param replaced by its device arrays, in parallel.
 
     `is_unused` names tensors that published files carry and the model does not read; `progress` is
-    called with the bytes of each finished Param on one device. Raises CheckpointError listing
-    missing, unexpected and misshapen tensors.
+    called with the bytes of each finished Param on one device; arena: that of open_arena, if the
+    caller wants its image. Raises CheckpointError listing missing, unexpected and misshapen
+    tensors.
     """
     check_names(checkpoint, params, is_unused)
-    arena, num_shards = _arena(params, weight_format, mesh), mesh.shape[MODEL]
+    arena, num_shards = arena or open_arena(params, weight_format, mesh), mesh.shape[MODEL]
+    index = _indices(params)
 
-    def values(param: Param, shard: int) -> np.ndarray:
-        with np.errstate(over="ignore"):  # said below, with the tensor's name
-            made = local_values(
-                param, shard, num_shards, lambda s: checkpoint.read(s.tensor), weight_format.dtype
-            )
-        if weight_format.dtype == np.float16 and not np.isfinite(made).all():
-            names = ", ".join(s.tensor for s in param.slices)
-            raise CheckpointError(
-                f"{names}: values beyond float16's 65504 would become infinite; use dtype "
-                "bfloat16 or float32"
-            )
-        return made
+    def parts(param: Param, shard: int) -> Parts:
+        return local_parts(param, shard, num_shards, lambda s: checkpoint.read(s.tensor))
 
     def load(param: Param) -> Any:
-        array = _placed(param, partial(values, param), weight_format, mesh, arena)
+        zeros = _zeros(arena, index[id(param)])
+        array = _placed(param, partial(parts, param), weight_format, mesh, zeros)
         for piece in param.slices:
             checkpoint.forget(piece.tensor)
         progress(_local_bytes(param, weight_format, num_shards))
@@ -77,12 +74,23 @@ def load_weights(
         return jax.tree.map(lambda future: future.result(), futures)
 
 
+def filled_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, arena: Arena) -> Any:
+    """The tree with each Param replaced by its array in an arena that an earlier load filled."""
+    index, sharding = _indices(params), NamedSharding(mesh, PartitionSpec())
+
+    def load(param: Param) -> Any:
+        array = arena.array(index[id(param)], weight_format.shape(param), weight_format.dtype)
+        return weight_format.wrap(param, jax.device_put(array, sharding))
+
+    return map_params(load, params)
+
+
 def dummy_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, seed: int) -> Any:
     """Random weights of the tree's shapes, made on the devices, the same ones on any number: norms
     and biases at their start value, the rest normal(0, 0.02).
     """
-    index = {id(param): i for i, param in enumerate(param_leaves(params))}
-    arena, num_shards = _arena(params, weight_format, mesh), mesh.shape[MODEL]
+    index = _indices(params)
+    arena, num_shards = open_arena(params, weight_format, mesh), mesh.shape[MODEL]
     key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
     def make(param: Param) -> Any:
@@ -90,7 +98,8 @@ def dummy_weights(params: Any, weight_format: WeightFormat, mesh: Mesh, seed: in
         local = local_param(param, num_shards)
         if weight_format.shape(local) != local.shape:  # as kernels for one device have it
             values = np.asarray(array)
-            array = _placed(param, lambda shard: values, weight_format, mesh, arena)
+            zeros = _zeros(arena, index[id(param)])
+            array = _placed(param, lambda shard: [(0, values)], weight_format, mesh, zeros)
         return weight_format.wrap(local, array)
 
     return map_params(make, params)
@@ -146,21 +155,30 @@ def _drawn(
     return mapped(key, index)
 
 
-def _arena(params: Any, weight_format: WeightFormat, mesh: Mesh) -> Arena | None:
+def open_arena(params: Any, weight_format: WeightFormat, mesh: Mesh) -> Arena | None:
     """Where arrays are made that the one CPU device reads in place; None: they are copied to it."""
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return None
-    return Arena(weight_bytes(params, weight_format, 1), len(param_leaves(params)))
+    return Arena([_local_bytes(param, weight_format, 1) for param in param_leaves(params)])
+
+
+def _indices(params: Any) -> dict[int, int]:
+    """The place of each Param among the leaves, by its id()."""
+    return {id(param): i for i, param in enumerate(param_leaves(params))}
+
+
+def _zeros(arena: Arena | None, index: int) -> Zeros:
+    return np.zeros if arena is None else partial(arena.array, index)
 
 
 def _placed(
     param: Param,
-    values: Callable[[int], np.ndarray],
+    parts: Callable[[int], Parts],
     weight_format: WeightFormat,
     mesh: Mesh,
-    arena: Arena | None,
+    zeros: Zeros,
 ) -> jax.Array:
-    """The Param's array on its devices, from the values of each shard, which are asked for one by
+    """The Param's array on its devices, from the parts of each shard, which are asked for one by
     one.
     """
     num_shards = mesh.shape[MODEL]
@@ -169,8 +187,15 @@ def _placed(
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         shard = 0 if axis is None or index is None else (index[axis].start or 0) // shape[axis]
-        array = np.zeros(shape, dtype) if arena is None else arena.take(shape, dtype)
-        weight_format.fill(local, values(shard), array)
+        array = zeros(shape, dtype)
+        with np.errstate(over="ignore"):  # said below, with the tensor's name
+            weight_format.fill(local, parts(shard), array)
+        if weight_format.dtype == np.float16 and not np.isfinite(array).all():
+            names = ", ".join(s.tensor for s in param.slices)
+            raise CheckpointError(
+                f"{names}: values beyond float16's 65504 would become infinite; use dtype "
+                "bfloat16 or float32"
+            )
         return array
 
     sharding = NamedSharding(mesh, partition(param.axes))

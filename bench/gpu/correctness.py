@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from ...engine.core import EngineCore
 from ...engine.core_io import Submission
+from ...engine.notices import say
 from ...engine.sampling_params import SamplingParams
 from ...engine.startup import Builder, NoBar
 from ...layers.linear import DenseWeight, Norm
@@ -183,7 +184,7 @@ def ready_core(builder: Builder, num_pages: int, max_model_len: int) -> EngineCo
     """Lazy: what is not asked for is not compiled."""
     plan = kv_plan(num_pages, max_model_len, builder.sizes.page_size)
     runner = builder.runner(plan)
-    runner.set_weights(builder.weights(NoBar))
+    runner.set_weights(builder.weights(NoBar, None, say).tree)
     runner.allocate()
     return EngineCore(runner, builder.scheduler(plan, b"s" * 32), eos_ids=frozenset())
 

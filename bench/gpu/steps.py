@@ -19,6 +19,7 @@ from ...engine.buckets import Buckets
 from ...engine.compiler import open_cache
 from ...engine.core import EngineCore
 from ...engine.core_io import Submission
+from ...engine.notices import say
 from ...engine.request import Request
 from ...engine.row_packer import pack_row, row_needs
 from ...engine.runner import ROWS_PER_UPDATE, Runner
@@ -95,7 +96,7 @@ class Model:
                 f"{self.setup.size} compile {name}", report.total_s, "s",
                 loaded=report.loaded, compiled=report.compiled, tracing_s=report.lower_s,
             )  # fmt: skip
-        self.runner.set_weights(self.builder.weights(NoBar))
+        self.runner.set_weights(self.builder.weights(NoBar, None, say).tree)
         self.runner.allocate()
         began = time.perf_counter()
         self.runner.warm_up()

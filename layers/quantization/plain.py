@@ -1,5 +1,6 @@
 """Weights held as they are, in one dtype."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,19 @@ class Plain:
     dtype: np.dtype
     kernel: Kernel | None = None
 
+    def layout(self) -> None:
+        """The checkpoint's own: there is nothing to keep."""
+
     def shape(self, param: Param) -> tuple[int, ...]:
         """Of the array that holds it."""
         return param.shape
 
-    def fill(self, param: Param, values: np.ndarray, array: np.ndarray) -> None:
-        """The array, of zeros, from the Param's values in its own shape."""
-        array[...] = values
+    def fill(
+        self, param: Param, parts: Iterable[tuple[int, np.ndarray]], array: np.ndarray
+    ) -> None:
+        """The array, of zeros, from the first row and the rows of each part of the Param."""
+        for row, values in parts:
+            array[row : row + len(values)] = values
 
     def wrap(self, param: Param, array: Any) -> Any:
         """What the layers read: a Matrix, or the array itself for a vector."""

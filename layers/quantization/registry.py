@@ -1,5 +1,6 @@
 """Which format holds the weights."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +10,9 @@ from ..param import Param
 from .packed import Packed
 from .plain import Plain
 
+# The first row and the rows of each part of a Param, in any dtype.
+Parts = Iterable[tuple[int, np.ndarray]]
+
 
 class WeightFormat(Protocol):
     """How a Param's bytes are held."""
@@ -16,9 +20,11 @@ class WeightFormat(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
 
+    def layout(self) -> str | None: ...
+
     def shape(self, param: Param) -> tuple[int, ...]: ...
 
-    def fill(self, param: Param, values: np.ndarray, array: np.ndarray) -> None: ...
+    def fill(self, param: Param, parts: Parts, array: np.ndarray) -> None: ...
 
     def wrap(self, param: Param, array: Any) -> Any: ...
 

@@ -4,6 +4,7 @@ and that a row's numbers depend on nothing but the row.
 Each of the levels that the processor has runs these tests, in a process of its own.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -47,8 +48,23 @@ def normal(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> np
 def packed(matrix: np.ndarray, *, is_gated: bool = False) -> tuple[np.ndarray, ops.Shape]:
     shape = ops.Shape(*matrix.shape, is_gated=is_gated)
     made = np.zeros(shape.packed, matrix.dtype)
-    pack(matrix, shape, made)
+    pack(matrix, 0, shape, made)
     return made, shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(SEEDS, INPUTS, st.lists(st.integers(1, 40), min_size=1, max_size=4), st.booleans())
+@FEW
+def test_parts_are_packed_one_by_one(
+    library: Library, dtype: np.dtype, seed: int, width: int, parts: list[int], is_gated: bool
+):
+    matrix = normal(np.random.default_rng(seed), 2 * sum(parts), width, dtype=dtype)
+    whole, shape = packed(matrix, is_gated=is_gated)
+    made = np.zeros_like(whole)
+    ends = np.cumsum([0, *parts, *parts])
+    for first, end in reversed([*itertools.pairwise(ends)]):
+        pack(matrix[first:end], first, shape, made)
+    np.testing.assert_array_equal(made.view(np.uint8), whole.view(np.uint8))
 
 
 def normed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
