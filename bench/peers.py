@@ -167,6 +167,7 @@ def main() -> None:
                 batch, prompt, generated = (measured[key] for key in keys)
                 by_engine = rates.setdefault((batch, prompt, generated), {})
                 by_engine.setdefault(engine, []).append(rate(measured))
+                print(json.dumps(measured), file=sys.stderr)  # a run that is cut off leaves these
                 names[engine] = measured["engine"]
     medians = emit_medians(args.size, rates, names)
     emit_ceilings(args.size, medians)
