@@ -61,8 +61,8 @@ def median_s(run: Callable[[], Any]) -> float:
 
 
 def after(count: jax.Array, made: jax.Array) -> jax.Array:
-    """The same count for one who waits for what was made, as each layer does for the one before: by a
-    number, so that nothing is computed but the kernels.
+    """The same count for one who waits for what was made, as each layer does for the one before: by
+    a number, so that nothing is computed but the kernels.
     """
     return count + (0.0 * made[0, 0]).astype(jnp.int32)
 
