@@ -167,15 +167,13 @@ def attention(
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """f32[tokens, heads * value_dim], and the cache, written in place."""
-    tokens, head_dim = qkv.shape[0], k.shape[3]
     empty = _or_empty(None, jnp.float32)
     pages = (k, _or_empty(v, k.dtype))
     made: Any = jax.ffi.ffi_call(
         "quire_attention",
         (
-            jax.ShapeDtypeStruct((tokens, heads * value_dim), jnp.float32),
+            jax.ShapeDtypeStruct((qkv.shape[0], heads * value_dim), jnp.float32),
             *(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in pages),
-            jax.ShapeDtypeStruct((tokens, heads, head_dim), jnp.float32),  # rotated queries
         ),
         input_output_aliases={1: 1, 2: 2},
     )(

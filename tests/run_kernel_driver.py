@@ -79,6 +79,10 @@ def main() -> int:
         print(f"make check-cpu-kernels needs {', '.join(missing)}: apt-get install {packages}")
         return 1
     wanted = sys.argv[1:]
+    names = [check.name for check in CHECKS]
+    if unknown := [name for name in wanted if name not in names]:
+        print(f"no check is called {', '.join(unknown)}; there are {', '.join(names)}")
+        return 1
     failed = [c.name for c in CHECKS if (not wanted or c.name in wanted) and not passes(c)]
     print(f"kernels: {', '.join(failed)} failed" if failed else "kernels: all checks passed")
     return len(failed)

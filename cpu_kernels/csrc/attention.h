@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "attention_tiles.h"
@@ -24,7 +25,7 @@ struct Scratch {
 };
 // and for a piece while its chunks go by.
 struct Progress {
-  Floats lane_totals, sums, totals, highest, query_tiles;
+  Floats lane_totals, sums, totals, highest, queries, query_tiles;
 };
 
 class PieceWork {
@@ -58,6 +59,7 @@ class PieceWork {
     std::fill_n(sums_, num_segments_ * padded_rows_ * width_, 0.0f);
     std::fill_n(totals_, num_segments_ * padded_rows_, 0.0f);
     std::fill_n(highest_, num_segments_ * padded_rows_, kLowest);
+    prepare_queries(progress);
 #if defined(__AMX_BF16__)
     if (is_tiled_) split_queries(scratch, progress);
 #endif
@@ -90,6 +92,16 @@ class PieceWork {
   int64_t token_of(int64_t row) const { return piece_.first + row / group_; }
   int64_t head_of(int64_t row) const { return piece_.kv_head * group_ + row % group_; }
 
+  // By the thread that multiplies them: another's would come through the third cache.
+  void prepare_queries(Progress& progress) {
+    const int64_t dim = call_.head_dim;
+    float* normed = progress.queries.get((rows_ + 1) * dim);
+    queries_ = normed + dim;
+    for (int64_t row = 0; row < rows_; ++row) {
+      prepare_query(call_, token_of(row), head_of(row), normed, queries_ + row * dim);
+    }
+  }
+
   template <typename Element>
   void attend_chunk(int64_t first, int64_t chunk, const Ahead& ahead) {
     if (is_direct_) {
@@ -118,8 +130,7 @@ class PieceWork {
     // Of a lone tile of queries, values come when keys are done with: half as much stays in the first cache.
     value_tiles_ = rows_ <= 16 ? key_tiles_ : tiles(scratch.value_tiles, value_tiles_size(width_));
     for (int64_t row = 0; row < rows_; ++row) {
-      const float* q = call_.q + (token_of(row) * call_.heads + head_of(row)) * dim;
-      split_query(q, dim, row % 16, query_tiles_ + row / 16 * size);
+      split_query(queries_ + row * dim, dim, row % 16, query_tiles_ + row / 16 * size);
     }
   }
 
@@ -155,14 +166,17 @@ class PieceWork {
       } else {
         score_tile<kParts<Element>>(q, dim, tiles_of, scores_);
       }
-      for (int64_t row = top; row < std::min(top + 16, rows_); ++row) {
-        const int64_t token = token_of(row), at = row - top;
-        const float shrink = soften_tile(call_.soft_cap, scores_ + at * kChunk, call_.attend_from[token] - chunk,
-                                         call_.attend_to[token] - chunk, highest_[first + row],
-                                         lane_totals_ + row * kLanes, weights + at * kDepth);
-        shrink_sums(shrink, first + row);
-      }
-      value_tile<kParts<Element>>(weights, value_tiles_, values.end, width_, sums_ + (first + top) * width_);
+      const int64_t count = std::min<int64_t>(16, rows_ - top);
+      const auto range_of = [&](int64_t row) {
+        const int64_t token = token_of(top + row);
+        return std::pair(call_.attend_from[token] - chunk, call_.attend_to[token] - chunk);
+      };
+      float* sums = sums_ + (first + top) * width_;
+      float shrinks[16];
+      store(shrinks, soften_tile(call_.soft_cap, count, range_of, scores_, highest_ + first + top,
+                                 lane_totals_ + top * kLanes, weights));
+      for (int64_t row = 0; row < count; ++row) shrink_sums(shrinks[row], sums + row * width_);
+      value_tile<kParts<Element>>(weights, value_tiles_, values.end, width_, sums);
     }
   }
 #endif
@@ -173,9 +187,7 @@ class PieceWork {
     for (int64_t row = 0; row < rows_; row += kQueryRows) {
       const int64_t count = std::min<int64_t>(kQueryRows, rows_ - row);
       const float* q[kQueryRows];
-      for (int64_t r = 0; r < count; ++r) {
-        q[r] = call_.q + (token_of(row + r) * call_.heads + head_of(row + r)) * call_.head_dim;
-      }
+      for (int64_t r = 0; r < count; ++r) q[r] = queries_ + (row + r) * call_.head_dim;
       float* scores = scores_ + row * kChunk;
       float* sums = sums_ + (first + row) * width_;
       if (row == 0) score_rows<kQueryRows, true>(count, q, keys, call_.head_dim, ahead, scores);
@@ -185,7 +197,7 @@ class PieceWork {
         const float shrink = soften(call_.soft_cap, scores + r * kChunk, call_.attend_from[token] - chunk,
                                     call_.attend_to[token] - chunk, highest_[first + row + r],
                                     lane_totals_ + (row + r) * kLanes);
-        shrink_sums(shrink, first + row + r);
+        shrink_sums(shrink, sums + r * width_);
       }
       if (row == 0) value_rows<kQueryRows, true>(count, scores, values, width_, ahead, sums);
       else value_rows<kQueryRows, false>(count, scores, values, width_, ahead, sums);
@@ -193,9 +205,8 @@ class PieceWork {
   }
 
   // What was summed before, to the weights of a new maximum.
-  void shrink_sums(float shrink, int64_t row) {
+  void shrink_sums(float shrink, float* sums) {
     if (shrink == 1.0f) return;
-    float* sums = sums_ + row * width_;
     for (int64_t i = 0; i < width_; i += kLanes) store(sums + i, load(sums + i) * broadcast(shrink));
   }
 
@@ -207,7 +218,7 @@ class PieceWork {
     float total = has_sink ? exp(broadcast(sink - highest))[0] : 0.0f;
     for (int64_t s = 0; s < num_segments_; ++s) {
       float& share = highest_[s * padded_rows_ + row];
-      share = exp(broadcast(share - highest))[0];
+      share = share == highest ? 1.0f : exp(broadcast(share - highest))[0];
       total += totals_[s * padded_rows_ + row] * share;
     }
     const float factor = 1.0f / std::max(total, kTiny);
@@ -234,6 +245,7 @@ class PieceWork {
   const int64_t first_segment_;
   int64_t num_segments_;
   bool is_direct_;
+  float* queries_;      // [rows][head_dim]
   float* keys_;         // [head_dim][kChunk]
   float* values_;       // [kChunk][width]
   float* scores_;       // [rows][kChunk]
@@ -303,10 +315,10 @@ inline std::vector<Queries> all_queries(const Attention& call, int64_t num_threa
 }
 
 inline void attention(Team& team, const Attention& call) {
-  const int64_t per_token = (call.heads + 2 * call.kv_heads) * call.head_dim;
+  const int64_t per_token = 2 * call.kv_heads * call.head_dim;
   const auto prepare = [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * call.head_dim);
-    for (int64_t token = begin; token < end; ++token) prepare_token(call, token, scratch.data());
+    for (int64_t token = begin; token < end; ++token) write_token(call, token, scratch.data());
   };
   if (call.tokens * per_token <= kSmallRows) prepare(0, call.tokens);
   else team.split(call.tokens, 1, 4, prepare);

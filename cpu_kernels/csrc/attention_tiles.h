@@ -111,25 +111,61 @@ inline Vf power_of_two(Vf x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// Like soften, with weights [2][16 rows][32] of bf16. Their sums are those of the rounded.
-inline float soften_tile(float soft_cap, const float* scores, int64_t from, int64_t to, float& highest,
-                         float* lane_total, bf16* weights) {
-  Vf s[kChunk / kLanes];
-  const float now = std::max(highest, seen_scores(soft_cap, scores, from, to, s));
-  const Vf log2_e = broadcast(1.44269504088896341f), base = broadcast(now) * log2_e;
-  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  const float shrink = highest == now ? 1.0f : exp(broadcast(highest - now))[0];
-  Vf total = load(lane_total) * broadcast(shrink);
-  for (int64_t block = 0; block < kKeyBlocks; ++block) {
-    const Vf low = power_of_two(fma(s[2 * block], log2_e, -base));
-    const Vf high = power_of_two(fma(s[2 * block + 1], log2_e, -base));
-    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-    total = _mm512_dpbf16_ps(total, both, ones);
-    _mm512_store_si512(weights + block * kTile, (__m512i)both);
+// The highest number of each of 16 rows.
+inline Vf highest_of_rows(const Vf* rows) {
+  Vf pairs[8], fours[4], eights[2];
+  for (int i = 0; i < 8; ++i) {
+    const Vf a = rows[2 * i], b = rows[2 * i + 1];
+    pairs[i] = max(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   }
-  store(lane_total, total);
-  highest = now;
-  return shrink;
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = (__m512d)pairs[2 * i], b = (__m512d)pairs[2 * i + 1];
+    fours[i] = max((Vf)_mm512_unpacklo_pd(a, b), (Vf)_mm512_unpackhi_pd(a, b));
+  }
+  const auto join = [](Vf a, Vf b) {
+    return max(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  for (int i = 0; i < 2; ++i) eights[i] = join(fours[2 * i], fours[2 * i + 1]);
+  return join(eights[0], eights[1]);
+}
+
+// Like soften, of up to 16 rows of scores [rows][kChunk], with weights [2][16 rows][32] of bf16, whose
+// sums are those of the rounded. range_of(row): the first key that it sees, and past the last.
+template <typename RangeOf>
+Vf soften_tile(float soft_cap, int64_t rows, const RangeOf& range_of, float* scores, float* highest,
+               float* lane_totals, bf16* weights) {
+  Vf tops[16] = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto [from, to] = range_of(row);
+    float* at = scores + row * kChunk;
+    Vf s[kChunk / kLanes];
+    tops[row] = seen_scores(soft_cap, at, from, to, s);
+    if (soft_cap == 0.0f && from <= 0 && to >= kChunk) continue;
+    for (int i = 0; i < kChunk / kLanes; ++i) store(at + i * kLanes, s[i]);
+  }
+  const __mmask16 are_rows = static_cast<__mmask16>((1 << rows) - 1);
+  const Vf before = _mm512_maskz_loadu_ps(are_rows, highest);
+  const Vf now = max(highest_of_rows(tops), before);
+  _mm512_mask_storeu_ps(highest, are_rows, now);
+  const Vf shrinks = exp(before - now);
+  const Vf log2_e = broadcast(1.44269504088896341f);
+  float bases[16], factors[16];
+  store(bases, now * log2_e);
+  store(factors, shrinks);
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  for (int64_t row = 0; row < rows; ++row, scores += kChunk, lane_totals += kLanes, weights += kDepth) {
+    const Vf base = broadcast(bases[row]);
+    Vf total = load(lane_totals) * broadcast(factors[row]);
+    for (int64_t block = 0; block < kKeyBlocks; ++block) {
+      const Vf low = power_of_two(fma(load(scores + block * kDepth), log2_e, -base));
+      const Vf high = power_of_two(fma(load(scores + block * kDepth + kLanes), log2_e, -base));
+      const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+      total = _mm512_dpbf16_ps(total, both, ones);
+      _mm512_store_si512(weights + block * kTile, (__m512i)both);
+    }
+    store(lane_totals, total);
+  }
+  return shrinks;
 }
 
 // Adds to four sums, each of its own 16 keys (or numbers), so that none waits for the one before.

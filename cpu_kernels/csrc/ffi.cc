@@ -193,8 +193,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
                      ffi::AnyBuffer q_norm, ffi::AnyBuffer k_norm, ffi::AnyBuffer sinks,
                      ffi::RemainingArgs batch, ffi::Result<ffi::AnyBuffer> out,
                      ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
-                     ffi::Result<ffi::AnyBuffer> q, int64_t heads, int64_t value_dim, double epsilon,
-                     double scale, double soft_cap) {
+                     int64_t heads, int64_t value_dim, double epsilon, double scale,
+                     double soft_cap) {
   const auto pages = k.dimensions();
   const bool is_kv_known = is_float(k.element_type()) || k.element_type() == ffi::DataType::F16;
   if (!is_kv_known || !is_float(q_norm.element_type()) || !is_float(k_norm.element_type())) {
@@ -250,7 +250,6 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
   call.item_row = arrays[8];
   call.item_first = arrays[9];
   call.item_count = arrays[10];
-  call.q = static_cast<float*>(q->untyped_data());
   call.out = static_cast<float*>(out->untyped_data());
   return run(pool, kernels().attention, call);
 }
@@ -340,7 +339,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_attention, quire::attention,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()

@@ -1,4 +1,4 @@
-// Every token's q, k and v in their places: head norms, rotation, the write to the cache.
+// Queries, and every token's keys and values: head norms, rotation, the write to the cache.
 
 #pragma once
 
@@ -52,20 +52,26 @@ inline void write(const float* x, int64_t dim, void* cache, Dtype dtype, int64_t
   for (; i < dim; ++i) to[i * stride] = dtype == Dtype::kF16 ? to_f16(x[i]) : to_bf16(x[i]);
 }
 
-inline void prepare_token(const Attention& call, int64_t token, float* scratch) {
+constexpr int64_t qkv_size(const Attention& call) {
+  return (call.heads + call.kv_heads) * call.head_dim + (call.v == nullptr ? 0 : call.kv_heads * call.value_dim);
+}
+
+// One query, normed, rotated and scaled. normed: room for as many numbers.
+inline void prepare_query(const Attention& call, int64_t token, int64_t head, float* normed, float* to) {
+  const float* q = call.qkv + token * qkv_size(call) + head * call.head_dim;
+  norm_and_rotate(call, q, call.q_norm, token, call.scale, normed, to);
+}
+
+// A token's keys and values into the cache; zeros where its result stays, if it sees nothing.
+// scratch: [2][head_dim].
+inline void write_token(const Attention& call, int64_t token, float* scratch) {
   const int64_t dim = call.head_dim, q_size = call.heads * dim, k_size = call.kv_heads * dim;
-  const int64_t v_size = call.v == nullptr ? 0 : call.kv_heads * call.value_dim;
-  const float* qkv = call.qkv + token * (q_size + k_size + v_size);
   if (call.attend_from[token] >= call.attend_to[token]) {
     std::fill_n(call.out + token * call.heads * call.value_dim, call.heads * call.value_dim, 0.0f);
-  } else {
-    for (int64_t head = 0; head < call.heads; ++head) {
-      norm_and_rotate(call, qkv + head * dim, call.q_norm, token, call.scale, scratch,
-                      call.q + (token * call.heads + head) * dim);
-    }
   }
   const int64_t page = call.write_page[token], offset = call.write_offset[token];
   if (page < 0 || page >= call.num_pages) return;  // a padded token
+  const float* qkv = call.qkv + token * qkv_size(call);
   float* rotated = scratch + dim;
   for (int64_t head = 0; head < call.kv_heads; ++head) {
     const int64_t first = (page * call.kv_heads + head) * call.page_size;

@@ -102,7 +102,6 @@ struct Attention {
   const int32_t *num_single, *num_items;              // []
   const int32_t *item_row, *item_first, *item_count;  // [items]
   int64_t items;
-  float* q;    // [tokens, heads, head_dim], scratch
   float* out;  // [tokens, heads * value_dim]
 };
 

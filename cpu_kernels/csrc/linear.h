@@ -14,8 +14,20 @@ struct Finish {
 
   void operator()(int64_t first_row, int64_t rows, int64_t panel, float* sums) const {
     const int64_t first = panel * kPanel, count = std::min(kPanel, weight.out - first);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* s = sums + r * kPanel;
+    if (count < kPanel || weight.bias != nullptr) return any(first_row, rows, first, count, sums);
+    int64_t at = first_row * weight.out + first;
+    for (int64_t r = 0; r < rows; ++r, sums += kPanel, at += weight.out) {
+      for (int64_t j = 0; j < kPanel; j += kLanes) {
+        Vf v = load(sums + j);
+        if (residual != nullptr) v = v + load(residual + at + j);
+        store(y + at + j, v);
+      }
+    }
+  }
+
+ private:
+  [[gnu::noinline]] void any(int64_t first_row, int64_t rows, int64_t first, int64_t count, const float* s) const {
+    for (int64_t r = 0; r < rows; ++r, s += kPanel) {
       const int64_t at = (first_row + r) * weight.out + first;
       int64_t j = 0;
       for (; j + kLanes <= count; j += kLanes) {
@@ -47,15 +59,19 @@ struct Gate {
       for (int j = 0; j < 16; j += kLanes) {
         write(first_row + r, first + j, silu(load(s + j)) * load(s + 16 + j));
       }
-      // Outputs come 16 at a time, inputs are padded to 32.
-      if (first + 16 >= half && first + 16 < to.depth) {
-        for (int j = 16; j < 32; j += kLanes) write(first_row + r, first + j, Vf{});
-      }
     }
+    // Outputs come 16 at a time, inputs are padded to 32.
+    if (first + 16 >= half && first + 16 < to.depth) clear(first_row, rows, first + 16);
   }
 
  private:
-  void add_biases(int64_t rows, int64_t half, int64_t first, float* sums) const {
+  [[gnu::noinline]] void clear(int64_t first_row, int64_t rows, int64_t column) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int j = 0; j < 16; j += kLanes) write(first_row + r, column + j, Vf{});
+    }
+  }
+
+  [[gnu::noinline]] void add_biases(int64_t rows, int64_t half, int64_t first, float* sums) const {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < std::min<int64_t>(16, half - first); ++j) {
         sums[r * kPanel + j] += get_as_f32(weight.bias, weight.dtype, first + j);

@@ -149,6 +149,10 @@ inline void prepare(const float* x, const Norm& norm, const Weight& weight, cons
     return;
   }
 #if defined(__AVX512BF16__)
+  if (norm.weight == nullptr && in == rows.depth) {
+    for (int64_t r = begin; r < end; ++r) pack_row(x + r * in, rows, r);
+    return;
+  }
   const std::unique_ptr<float[]> row(new float[rows.depth]);
   std::fill(row.get() + in, row.get() + rows.depth, 0.0f);
   for (int64_t r = begin; r < end; ++r) {

@@ -145,8 +145,8 @@ inline Vf soft_capped(Vf s, float cap) {
   return broadcast(cap) * (broadcast(1.0f) - broadcast(2.0f) / (e + broadcast(1.0f)));
 }
 
-// Scores to s, hidden where a key is not one of [from, to); the highest of them.
-inline float seen_scores(float soft_cap, const float* scores, int64_t from, int64_t to, Vf* s) {
+// Scores to s, hidden where a key is not one of [from, to); the highest of each lane.
+inline Vf seen_scores(float soft_cap, const float* scores, int64_t from, int64_t to, Vf* s) {
   for (int64_t i = 0; i < kChunk / kLanes; ++i) {
     s[i] = load(scores + i * kLanes);
     if (soft_cap != 0.0f) s[i] = soft_capped(s[i], soft_cap);
@@ -161,14 +161,14 @@ inline float seen_scores(float soft_cap, const float* scores, int64_t from, int6
   }
   Vf top = s[0];
   for (int64_t i = 1; i < kChunk / kLanes; ++i) top = max(top, s[i]);
-  return max(top);
+  return top;
 }
 
 // Scores to weights in place; keys [from, to) are seen. Returns by what the row's earlier sums shrink.
 inline float soften(float soft_cap, float* scores, int64_t from, int64_t to, float& highest,
                     float* lane_total) {
   Vf s[kChunk / kLanes];
-  const float now = std::max(highest, seen_scores(soft_cap, scores, from, to, s));
+  const float now = std::max(highest, max(seen_scores(soft_cap, scores, from, to, s)));
   const Vf base = broadcast(now);
   Vf total = {};
   for (int64_t i = 0; i < kChunk / kLanes; ++i) {

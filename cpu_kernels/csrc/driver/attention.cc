@@ -217,7 +217,6 @@ Result run(const Kernels& level, const World& world, const Step& step, Threads& 
   Result result = {world.k, world.v, Memory<float>(call.tokens * call.heads * call.value_dim, NAN)};
   const auto qkv = in_order(world.qkv, world.row_size(), step);
   const auto cos = in_order(world.cos, call.head_dim, step), sin = in_order(world.sin, call.head_dim, step);
-  Memory<float> q(call.tokens * call.heads * call.head_dim, NAN);
   // Items past the last have any numbers.
   std::vector<int32_t> row, first, count;
   for (const Step::Item& item : step.items) {
@@ -247,7 +246,6 @@ Result run(const Kernels& level, const World& world, const Step& step, Threads& 
   call.item_row = row.data();
   call.item_first = first.data();
   call.item_count = count.data();
-  call.q = q.data();
   call.out = result.out.data();
   Team team(pool, num_threads);
   level.attention(team, call);
