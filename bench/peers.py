@@ -18,10 +18,11 @@ from typing import Any
 
 from . import chart
 from .report import PEERS_ROOT, emit, line
-from .roofline import read_bandwidth, torch_matmul, xla_matmul
+from .roofline import Ceilings, ceilings
 
 HERE = Path(__file__).parent / "peers"
 BAR_COLUMNS = 40
+PROMPT_ROWS = 512  # of the workload that makes one token
 
 Workload = tuple[int, int, int]
 # (batch, prompt tokens, generated tokens) -> by how much quire is to be ahead, of a size's engines
@@ -43,10 +44,14 @@ TARGETS: dict[str, dict[str, dict[Workload, float]]] = {
 }  # fmt: skip
 
 
+def model_folder(size: str) -> Path:
+    return PEERS_ROOT / "models" / size
+
+
 def command_of(engine: str, size: str) -> list[str]:
     """engine: quire, vllm, hf, or llamacpp:FORMAT."""
     kind, _, weights = engine.partition(":")
-    model = PEERS_ROOT / "models" / size
+    model = model_folder(size)
     match kind:
         case "quire":
             return [sys.executable, str(HERE / "bench_quire.py"), str(model)]
@@ -90,30 +95,38 @@ def draw(title: str, rates: dict[str, float]) -> None:
         print(f"  {engine:<16} {bar} {value:.0f}", file=sys.stderr)
 
 
-def emit_ceilings(size: str, rates: dict[Workload, dict[str, float]]) -> None:
-    """quire's shares of reading memory (one request's answer) and of the best matmul (a prompt)."""
-    model = PEERS_ROOT / "models" / size
+def emit_shares(size: str, rates: dict[Workload, list[float]], measured: list[Ceilings]) -> None:
+    """quire's shares of reading memory (one request's answer) and of the best matmul (a prompt):
+    in each round of what the machine gave in it. rates, measured: one for each round.
+    """
+    model = model_folder(size)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     weight_bytes = (model / "model.safetensors").stat().st_size  # of bfloat16
     embedding = config["vocab_size"] * config["hidden_size"]
     is_tied = config["tie_word_embeddings"]
     read = weight_bytes - (0 if is_tied else 2 * embedding)
     multiplied = weight_bytes // 2 - embedding * (1 if is_tied else 2)
-    bandwidth = read_bandwidth()
-    flops, _ = xla_matmul("bfloat16")
-    if (by_torch := torch_matmul("bfloat16")) is not None:
-        assert isinstance(by_torch["flops"], float)
-        flops = max(flops, by_torch["flops"])
-    for (batch, prompt, generated), by_engine in rates.items():
-        if batch != 1 or "quire" not in by_engine:
+    for (batch, prompt, generated), by_round in rates.items():
+        if batch != 1:
             continue
-        rate = by_engine["quire"]
-        what, used, ceiling = ("reading", read * rate, bandwidth)
-        if generated == 1:
-            what, used, ceiling = ("matmuls", 2 * multiplied * rate, flops)
+        is_prompt = generated == 1
+        most = [each.flops if is_prompt else each.bandwidth for each in measured]
+        used = 2 * multiplied if is_prompt else read
+        shares = [used * rate / ceiling for rate, ceiling in zip(by_round, most, strict=True)]
         _, title = titles(size, (batch, prompt, generated))
-        share, most = used / ceiling, f"{ceiling / 1e9:.1f} G/s"
-        emit(line(f"of_{what} {title}", share, "x", 0.75, is_least=True, ceiling=most))
+        emit(
+            line(
+                f"of_{'matmuls' if is_prompt else 'reading'} {title}",
+                statistics.median(shares), "x", 0.75, is_least=True,
+                rounds=[round(share, 4) for share in shares],
+                ceilings=[f"{ceiling / 1e9:.1f} G/s" for ceiling in most],
+            )
+        )  # fmt: skip
+        products = [each.torch_products for each in measured if each.torch_products is not None]
+        if is_prompt and len(products) == len(by_round):
+            # Below 1: by how much torch would be ahead if all else of a prompt took it no time.
+            shares = [each * rate / prompt for each, rate in zip(products, by_round, strict=True)]
+            emit(line(f"of_torch_products {title}", statistics.median(shares), "x", None))
 
 
 def emit_medians(
@@ -159,9 +172,13 @@ def main() -> None:
     require_installed(engines, args.size)
     rates: dict[Workload, dict[str, list[float]]] = {}
     names: dict[str, str] = {}
+    measured_ceilings: list[Ceilings] = []
     for round_number in range(args.rounds):
         for engine in engines:
             print(f"round {round_number + 1} of {args.rounds}: {engine}", file=sys.stderr)
+            if engine == "quire":
+                measured_ceilings.append(ceilings(model_folder(args.size), PROMPT_ROWS))
+                print(measured_ceilings[-1], file=sys.stderr)
             for measured in run_once(engine, args.size):
                 keys = ("batch", "prompt_tokens", "generated_tokens")
                 batch, prompt, generated = (measured[key] for key in keys)
@@ -170,7 +187,9 @@ def main() -> None:
                 print(json.dumps(measured), file=sys.stderr)  # a run that is cut off leaves these
                 names[engine] = measured["engine"]
     medians = emit_medians(args.size, rates, names)
-    emit_ceilings(args.size, medians)
+    if "quire" in engines:
+        by_round = {workload: by_engine["quire"] for workload, by_engine in rates.items()}
+        emit_shares(args.size, by_round, measured_ceilings)
     if args.chart:
         bars = {}
         for workload, by_engine in medians.items():

@@ -2,18 +2,19 @@
 
 python -m quire.bench.roofline
 
-Reading: all cores look for a byte that is not there in 1 GiB. Matmuls: the best of a few shapes, by
-XLA and, where bench/peers/setup.sh installed it, by torch.
+Reading: all cores sum 1 GiB. Matmuls: the best of a few shapes, by XLA and, where
+bench/peers/setup.sh installed it, by torch.
 """
 
-import ctypes
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,16 @@ GIB = 1 << 30
 READ_RUNS, MATMUL_RUNS = 7, 5
 # (rows, in, out)
 SHAPES = ((512, 2048, 2048), (1024, 2048, 2048), (1024, 4096, 4096), (2048, 4096, 4096))
-TORCH_SCRIPT = Path(__file__).parent / "peers" / "torch_matmul.py"
+PEERS_FOLDER = Path(__file__).parent / "peers"
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of this machine, now: it is shared, and its speed changes by the minute."""
+
+    bandwidth: float  # bytes per second, read by all cores
+    flops: float  # of the best bfloat16 matmul, XLA's or torch's
+    torch_products: float | None  # seconds, as torch_products below
 
 
 def best_seconds(run: Callable[[], object], runs: int) -> float:
@@ -38,22 +48,14 @@ def best_seconds(run: Callable[[], object], runs: int) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second. memchr reads every byte with the widest loads that the processor has, and
-    ctypes lets the other threads run.
+    """Bytes per second: each core sums its part. numpy's sum is the fastest reader found, and lets
+    the other threads run; memchr stays a third below it, and below what quire itself reads.
     """
-    find = ctypes.CDLL(None).memchr
-    find.argtypes, find.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
-    block = np.ones(GIB, np.uint8)
-    threads = num_cores()
-    size = GIB // threads
-
-    def read(part: int) -> None:
-        if find(block.ctypes.data + part * size, 0, size) is not None:
-            raise AssertionError("there is no such byte")
-
-    with ThreadPoolExecutor(threads) as pool:
-        seconds = best_seconds(lambda: list(pool.map(read, range(threads))), READ_RUNS)
-    return size * threads / seconds
+    block = np.ones(GIB // 4, np.float32)
+    parts = np.array_split(block, num_cores())
+    with ThreadPoolExecutor(len(parts)) as pool:
+        seconds = best_seconds(lambda: list(pool.map(np.sum, parts)), READ_RUNS)
+    return block.nbytes / seconds
 
 
 def xla_matmul(dtype: str) -> tuple[float, tuple[int, int, int]]:
@@ -70,14 +72,33 @@ def xla_matmul(dtype: str) -> tuple[float, tuple[int, int, int]]:
     return best
 
 
-def torch_matmul(dtype: str) -> dict[str, object] | None:
+def torch_matmul(dtype: str) -> dict[str, Any] | None:
     """flops, shape and version; None where the peers are not installed."""
+    return _by_torch("torch_matmul.py", dtype, json.dumps(SHAPES), str(MATMUL_RUNS))
+
+
+def torch_products(model: Path, rows: int) -> float | None:
+    """Seconds that torch takes for the matmuls of a model's layers alone, each weight's own: no
+    norms, no attention, nothing between them. None where the peers are not installed.
+    """
+    found = _by_torch("torch_products.py", str(model), str(rows), str(MATMUL_RUNS))
+    return None if found is None else found["seconds"]
+
+
+def ceilings(model: Path, rows: int) -> Ceilings:
+    flops, _ = xla_matmul("bfloat16")
+    if (by_torch := torch_matmul("bfloat16")) is not None:
+        flops = max(flops, by_torch["flops"])
+    return Ceilings(read_bandwidth(), flops, torch_products(model, rows))
+
+
+def _by_torch(script: str, *arguments: str) -> dict[str, Any] | None:
     python = PEERS_ROOT / "vllm/bin/python"
     if not python.exists():
         return None
-    command = [str(python), str(TORCH_SCRIPT), dtype, json.dumps(SHAPES), str(MATMUL_RUNS)]
+    command = [str(python), str(PEERS_FOLDER / script), *arguments]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found: dict[str, object] = json.loads(out.splitlines()[-1])
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
 
 
@@ -90,10 +111,8 @@ def main() -> None:
         if found is None:
             print("torch is not installed: run bench/peers/setup.sh", file=sys.stderr)
             continue
-        rate, shape, version = found["flops"], found["shape"], found["version"]
-        assert isinstance(rate, float)
-        name = f"matmul_torch_{dtype}"
-        emit(line(name, rate / 1e9, "GFLOP/s", None, shape=shape, torch=version))
+        more = {"shape": found["shape"], "torch": found["version"]}
+        emit(line(f"matmul_torch_{dtype}", found["flops"] / 1e9, "GFLOP/s", None, **more))
 
 
 if __name__ == "__main__":
