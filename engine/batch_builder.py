@@ -5,6 +5,7 @@ one go.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class BatchBuilder:
         )
         packed = np.zeros(layout.size, np.int32)
         part = {
-            name: packed[offset : offset + int(np.prod(shape))].reshape(shape)
+            name: packed[offset : offset + prod(shape)].reshape(shape)
             for name, (offset, shape) in layout.parts.items()
         }
         slots = [chunk.slot for chunk in plan.chunks]

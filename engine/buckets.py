@@ -23,6 +23,8 @@ _ROWS = (8, 32, 64, 128, 256)
 _STEP_COST = 160
 _LEAST_GAIN = 0.25  # of one large step, to make it several
 
+_step_layout = cache(StepLayout)  # with its parts: every step asks for one
+
 
 @dataclass(frozen=True)
 class Buckets:
@@ -46,7 +48,7 @@ class Buckets:
 
     def layout(self, tokens: int, *, is_decode: bool = False, num_steps: int = 1) -> StepLayout:
         """The layout of the forward program of `tokens`."""
-        return StepLayout(
+        return _step_layout(
             tokens=tokens,
             rows=next(r for r in self.rows if r >= min(tokens, self.rows[-1])),
             groups=self.groups,

@@ -164,9 +164,9 @@ class Lowering:
         )  # fmt: skip
 
     def sample(self, num_rows: int, variant: Variant) -> Any:
-        weights, specs = self._weight_arguments()
+        head, specs = map(self.programs.model.head, self._weight_arguments())
         arguments = (
-            weights,
+            head,
             self._abstract_rows(),
             self._hidden(num_rows),
             self._abstract((num_rows,), jnp.int32),
@@ -179,12 +179,12 @@ class Lowering:
         return self._lower(function, arguments, in_specs, (_REPLICATED, state), donate=(1,))
 
     def score(self, positions: int, num_targets: int) -> Any:
-        weights, specs = self._weight_arguments()
+        head, specs = map(self.programs.model.head, self._weight_arguments())
         first = self._abstract((), jnp.int32)
         targets = self._abstract((num_targets,), jnp.int32)
         return self._lower(
             partial(self.programs.score, num_logprobs=self.num_logprobs),
-            (weights, self._hidden(positions), first, targets),
+            (head, self._hidden(positions), first, targets),
             (specs, _REPLICATED, _REPLICATED, _REPLICATED),
             _REPLICATED,
             donate=(),

@@ -30,6 +30,7 @@ class Runner:
         self.num_pages = lowering.num_pages
         self.num_logprobs = lowering.num_logprobs
         self._weights: Any = None
+        self._head: Any = None  # of the weights: to hand all of them to a program takes time
         self._executables: dict[str, Any] = {}
         self._specs = {spec.name: spec for spec in lowering.program_specs()}
         self._kv: Any = None
@@ -66,7 +67,7 @@ class Runner:
     # Device state
 
     def set_weights(self, weights: Any) -> None:
-        self._weights = weights
+        self._weights, self._head = weights, self.programs.model.head(weights)
 
     def allocate(self) -> None:
         """Zeroed KV pages and rows, replacing what was there. Called at start and after a failed
@@ -78,7 +79,7 @@ class Runner:
 
     def release(self) -> None:
         """Free every device array and program; the runner is of no further use."""
-        self._weights = self._kv = self._rows = self._lengths = None
+        self._weights = self._head = self._kv = self._rows = self._lengths = None
         self._open_masks, self._executables = {}, {}
 
     def warm_up(self) -> None:
@@ -140,7 +141,7 @@ class Runner:
         num_rows = hidden.slots.shape[0]
         run = self._program(sample_name(num_rows, variant))
         mask = self._open_masks[num_rows] if step_mask is None else self._padded_mask(step_mask)
-        made = run(self._weights, self._rows, hidden.rows, hidden.slots, hidden.flags, mask)
+        made = run(self._head, self._rows, hidden.rows, hidden.slots, hidden.flags, mask)
         sampled: Sampled = made[0]
         self._rows = made[1]
         return sampled
@@ -152,7 +153,7 @@ class Runner:
         rows for Hidden.rows, SCORE_ROWS for Hidden.tokens.
         """
         run = self._program(f"score[{hidden.shape[0]},{targets.shape[0]}]")
-        scores: TokenLogprobs = run(self._weights, hidden, np.int32(first), _private(targets))
+        scores: TokenLogprobs = run(self._head, hidden, np.int32(first), _private(targets))
         return scores
 
     def _padded_mask(self, mask: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from . import highest, rows, sampling
 from .batch import FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, CacheShape, StepLayout, unpack
 from .context import Context
 from .kv_pages import KVLayout
+from .linear import Matrix
 from .models.llama import Decoder
 from .packed import PackedWeight
 from .vocab import Vocabulary
@@ -85,7 +86,7 @@ class Programs:
 
     def sample(
         self,
-        weights: Any,
+        head: Matrix,
         state: rows.RowState,
         hidden_rows: jax.Array,  # f32[rows, hidden]
         slots: jax.Array,  # i32[rows]
@@ -93,8 +94,7 @@ class Programs:
         step_mask: jax.Array,  # u32[rows, words]
         variant: Variant,
     ) -> tuple[sampling.Sampled, rows.RowState]:
-        """One token per row; state is donated and returned."""
-        head = self.model.head(weights)
+        """One token per row, from the model's head; state is donated and returned."""
         if variant is Variant.GREEDY and self.vocab.axis is None:
             return sampling.sample_greedy(*head.highest(hidden_rows), state, slots)
         if variant is Variant.GREEDY:
@@ -155,6 +155,7 @@ class Programs:
         """
         row_steps, stop_ids = layout.part(packed, "row_steps"), layout.part(packed, "stop_ids")
         first_id, (num_ids,) = layout.parts["token_ids"]
+        head = self.model.head(weights)
         on_device = packed.at[first_id : first_id + num_ids].set(TOKEN_ON_DEVICE)
 
         def is_under_way(carry: Any) -> jax.Array:
@@ -168,7 +169,7 @@ class Programs:
                 weights, kv, lengths, state.last_token, ids, layout, is_running
             )
             sampled, state = self.sample(
-                weights, state, hidden.rows, hidden.slots, hidden.flags, open_mask, variant
+                head, state, hidden.rows, hidden.slots, hidden.flags, open_mask, variant
             )
             token, flag = sampled.token_and_flag
             has_ended = (token[:, None] == stop_ids).any(1) | (flag != 0)
@@ -183,7 +184,7 @@ class Programs:
 
     def score(
         self,
-        weights: Any,
+        head: Matrix,
         hidden: jax.Array,  # f32[positions, hidden], normed
         first: jax.Array,  # i32[]
         targets: jax.Array,  # i32[targets]
@@ -194,5 +195,5 @@ class Programs:
         """
         # lax shifts a slice past the end back to the front: clip its rows one by one instead.
         at = jnp.minimum(first + jnp.arange(targets.shape[0]), hidden.shape[0] - 1)
-        logits = self.model.head(weights).product(hidden[at], None)
+        logits = head.product(hidden[at], None)
         return sampling.token_logprobs(logits, targets, num_logprobs, self.vocab)
