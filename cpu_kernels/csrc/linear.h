@@ -26,7 +26,9 @@ struct Finish {
   }
 
  private:
-  [[gnu::noinline]] void any(int64_t first_row, int64_t rows, int64_t first, int64_t count, const float* s) const {
+  // A panel with biases, or with less than 32 outputs. What is rare stays out of the common loops.
+  [[gnu::noinline]] void any(int64_t first_row, int64_t rows, int64_t first, int64_t count,
+                             const float* s) const {
     for (int64_t r = 0; r < rows; ++r, s += kPanel) {
       const int64_t at = (first_row + r) * weight.out + first;
       int64_t j = 0;
