@@ -123,30 +123,29 @@ def attention_s(batch: Batch, config: dict[str, Any], layers: int) -> float:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config["hidden_size"] // heads
     tokens, table = batch[0].shape[0], batch[5]
-    pages = (table.size + 1, kv_heads, PAGE_SIZE, dim)
+    pages = (layers, table.size + 1, kv_heads, PAGE_SIZE, dim)
     make = jax.jit(lambda: ops.zeros(pages, jnp.float16))  # in huge pages, as the engine has them
-    caches = [(make(), make()) for _ in range(layers)]
+    cache = make(), make()
     qkv = jnp.ones((tokens, (heads + 2 * kv_heads) * dim), jnp.float32)
     tables = (jnp.ones((tokens, dim), jnp.float32), jnp.zeros((tokens, dim), jnp.float32))
 
-    def step(qkv: jax.Array, caches: list[tuple[jax.Array, jax.Array]]) -> Any:
-        made = []
+    def step(qkv: jax.Array, cache: tuple[jax.Array, jax.Array]) -> Any:
+        k, v = cache
         arrays = list(map(jnp.asarray, batch))
-        for k, v in caches:
+        for layer in range(layers):
             out, k, v = ops.attention(
-                qkv, k, v, tuple(arrays), heads=heads, value_dim=dim,
+                qkv, k, v, jnp.int32(layer), tuple(arrays), heads=heads, value_dim=dim,
                 scale=dim**-0.5, soft_cap=None, sinks=None, tables=tables, norms=None, epsilon=0.0,
             )  # fmt: skip
             arrays[NUM_SINGLE] = after(arrays[NUM_SINGLE], out)
-            made.append((k, v))
-        return arrays[NUM_SINGLE], made
+        return arrays[NUM_SINGLE], (k, v)
 
     run = jax.jit(step, donate_argnums=1)
-    _, caches = run(qkv, caches)
+    _, cache = run(qkv, cache)
     times = []
     for _ in range(RUNS):
         started = time.perf_counter()
-        result, caches = run(qkv, caches)
+        result, cache = run(qkv, cache)
         jax.block_until_ready(result)
         times.append(time.perf_counter() - started)
     return statistics.median(times)

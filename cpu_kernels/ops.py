@@ -153,8 +153,9 @@ def embed(ids: jax.Array, table: jax.Array, vocab: int, hidden: int) -> jax.Arra
 
 def attention(
     qkv: jax.Array,  # f32[tokens, (heads + kv_heads) * head_dim + kv_heads * value_dim]
-    k: jax.Array,  # [pages, kv_heads, page_size, head_dim]
-    v: jax.Array | None,  # [pages, kv_heads, page_size, value_dim]; None: the first columns of k
+    k: jax.Array,  # [layers, pages, kv_heads, page_size, head_dim]
+    v: jax.Array | None,  # the same, value_dim wide; None: the first columns of k
+    layer: jax.Array,  # i32[], whose pages these are
     batch: tuple[jax.Array, ...],  # the arrays of an AttentionBatch, in its order
     *,
     heads: int,
@@ -179,6 +180,7 @@ def attention(
     )(
         qkv,
         *pages,
+        layer,
         *((empty, empty) if tables is None else tables),
         *((empty, empty) if norms is None else norms),
         _or_empty(sinks, jnp.float32),

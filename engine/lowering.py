@@ -29,7 +29,6 @@ from .xla_options import compiler_options
 ROWS_PER_UPDATE = 8
 
 _REPLICATED = PartitionSpec()
-_KV = PartitionSpec(None, MODEL)
 _MASK = PartitionSpec(None, MODEL)
 
 
@@ -59,6 +58,8 @@ class Lowering:
         self._format = weight_format
         self._kv_dtype = kv_dtype
         self._num_shards = mesh.shape[MODEL]
+        stack = (None,) * programs.ctx.ops.stacks_layers
+        self._kv_spec = PartitionSpec(*stack, None, MODEL)
         self.vocab = padded_vocab(programs.model.vocab_size, self._num_shards)
 
     def program_specs(self) -> list[ProgramSpec]:
@@ -116,9 +117,11 @@ class Lowering:
         )
 
     def _abstract_kv(self) -> Any:
-        p = self.programs
-        pages = abstract_pages(p.kv_layout, self.num_pages, p.page_size, self._kv_dtype)
-        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype, _KV), pages)
+        p, is_stacked = self.programs, self.programs.ctx.ops.stacks_layers
+        pages = abstract_pages(
+            p.kv_layout, self.num_pages, p.page_size, self._kv_dtype, is_stacked=is_stacked
+        )
+        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype, self._kv_spec), pages)
 
     def _abstract_rows(self) -> Any:
         state = rows.abstract_rows(self.buckets.slots, self.vocab)
@@ -143,8 +146,8 @@ class Lowering:
         return self._lower(
             partial(self.programs.forward, layout=layout),
             (weights, self._abstract_kv(), lengths, lengths, packed),
-            (specs, _KV, _REPLICATED, _REPLICATED, _REPLICATED),
-            (_REPLICATED, _KV, _REPLICATED),
+            (specs, self._kv_spec, _REPLICATED, _REPLICATED, _REPLICATED),
+            (_REPLICATED, self._kv_spec, _REPLICATED),
             donate=(1, 2),
         )
 
@@ -158,8 +161,8 @@ class Lowering:
                 weights, self._abstract_kv(), self._lengths_array(), self._abstract_rows(), packed,
                 mask,
             ),
-            (specs, _KV, _REPLICATED, state, _REPLICATED, _MASK),
-            (_REPLICATED, _KV, _REPLICATED, state),
+            (specs, self._kv_spec, _REPLICATED, state, _REPLICATED, _MASK),
+            (_REPLICATED, self._kv_spec, _REPLICATED, state),
             donate=(1, 2, 3),
         )  # fmt: skip
 

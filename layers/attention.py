@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 
-from ..pallas_kernels.checks import AttentionSpec, KVPages, PlannedBatch
+from ..pallas_kernels.checks import AttentionSpec, Pages, PlannedBatch
 from ..pallas_kernels.heads import HeadNorms
 from .context import Context
 from .linear import Norm, linear_sum
@@ -28,12 +28,12 @@ def attention(
     x: jax.Array,  # f32[tokens, hidden]
     norm: Norm,
     weights: Attention,
-    kv: KVPages,
+    kv: Pages,
     step: PlannedBatch,
     tables: tuple[jax.Array, jax.Array],  # cos, sin
     spec: AttentionSpec,
     ctx: Context,
-) -> tuple[jax.Array, KVPages]:
+) -> tuple[jax.Array, Pages]:
     """x + attention of norm(x), and the cache with this step's keys and values."""
     # Scores turn the rounding of q and k into the largest error of a bfloat16 model.
     count = step.batch.num_tokens

@@ -74,18 +74,18 @@ def page_bytes(layout: KVLayout, page_size: int, dtype: np.dtype) -> int:
 
 
 def abstract_pages(
-    layout: KVLayout, num_pages: int, page_size: int, dtype: np.dtype
+    layout: KVLayout, num_pages: int, page_size: int, dtype: np.dtype, *, is_stacked: bool = False
 ) -> tuple[KVPages, ...]:
-    """The arrays as jax.ShapeDtypeStruct with the heads of all shards, one KVPages per array
-    index.
+    """The arrays as jax.ShapeDtypeStruct with the heads of all shards, one KVPages per array index;
+    is_stacked: one alone, with an axis for the index in front.
     """
+    stack = (len(layout.arrays),) if is_stacked else ()
 
     def array(spec: KVSpec, dim: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            (num_pages, spec.num_kv_heads, page_size, dim), jnp.dtype(dtype)
-        )
+        shape = (*stack, num_pages, spec.num_kv_heads, page_size, dim)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     return tuple(
         KVPages(array(s, s.head_dim), None if s.value_dim is None else array(s, s.value_dim))
-        for s in layout.arrays
+        for s in layout.arrays[: 1 if is_stacked else None]
     )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..pallas_kernels.checks import KVPages
+from ..pallas_kernels.checks import KVPages, LayerPages
 from . import highest, rows, sampling
 from .batch import FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, CacheShape, StepLayout, unpack
 from .context import Context
@@ -65,7 +65,7 @@ class Programs:
         is_running: jax.Array | None = None,  # bool[rows]
     ) -> tuple[Hidden, tuple[KVPages, ...], jax.Array]:
         """Run the tokens of a step through all layers; kv and lengths are donated and returned."""
-        cache_shape = CacheShape(self.kv_layout.windows, kv[0].k.shape[0], self.page_size)
+        cache_shape = CacheShape(self.kv_layout.windows, kv[0].k.shape[-4], self.page_size)
         batch = unpack(packed, lengths, last_token, layout, cache_shape, is_running)
         x = self.model.embed(weights, batch.token_ids, self.ctx)
         tables = self.model.tables(batch.positions)
@@ -76,7 +76,12 @@ class Programs:
         for i, block in enumerate(weights.blocks):
             j = self.kv_layout.array_by_layer[i]
             group = groups[self.kv_layout.group_by_layer[i]]
-            x, cache[j] = self._block(x, block, cache[j], group, tables, self.ctx)
+            if self.ctx.ops.stacks_layers:
+                stack = LayerPages(*cache[0], jnp.int32(j))
+                x, stack = self._block(x, block, stack, group, tables, self.ctx)
+                cache[0] = KVPages(stack.k, stack.v)
+            else:
+                x, cache[j] = self._block(x, block, cache[j], group, tables, self.ctx)
         x = self.model.final_norm(weights, x)
         rows_x = x[batch.sample_token]
         # Few distinct sizes, so that score needs few programs.

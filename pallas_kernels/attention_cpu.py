@@ -8,22 +8,22 @@ import jax
 import jax.numpy as jnp
 
 from ..cpu_kernels import ops
-from .checks import AttentionBatch, AttentionSpec, KVPages
+from .checks import AttentionBatch, AttentionSpec, KVPages, LayerPages
 from .heads import HeadNorms
 
 
 def attend(
     qkv: jax.Array,  # [tokens, (heads + kv_heads) * head_dim + kv_heads * value_dim]
-    kv: KVPages,
+    kv: LayerPages,
     batch: AttentionBatch,
     plan: None,
     spec: AttentionSpec,
     tables: tuple[jax.Array, jax.Array] | None,
     norms: HeadNorms | None,
     sinks: jax.Array | None,
-) -> tuple[jax.Array, KVPages]:
+) -> tuple[jax.Array, LayerPages]:
     """f32[tokens, heads * value_dim] and the cache."""
-    _, kv_heads, _, head_dim = kv.k.shape
+    kv_heads, _, head_dim = kv.k.shape[-3:]
     value_dim = spec.value_dim if kv.v is None else kv.v.shape[-1]
     assert value_dim is not None
     if norms is not None and norms.q.dtype == jnp.float16:  # which the kernel does not read
@@ -33,6 +33,7 @@ def attend(
         qkv.astype(jnp.float32),
         kv.k,
         kv.v,
+        kv.layer,
         (
             batch.attend_from, batch.attend_to, batch.token_row, batch.write_page,
             batch.write_offset, batch.page_table, batch.num_single, batch.num_items,
@@ -47,7 +48,7 @@ def attend(
         norms=norms,
         epsilon=spec.norm_epsilon,
     )  # fmt: skip
-    return out, KVPages(k, v)
+    return out, LayerPages(k, v, kv.layer)
 
 
 def paged_attention(
@@ -64,5 +65,8 @@ def paged_attention(
     tokens, heads, _ = q.shape
     parts = [q, k_new] if v_new is None else [q, k_new, v_new]
     qkv = jnp.concatenate([p.reshape(tokens, -1).astype(jnp.float32) for p in parts], axis=1)
-    out, kv = attend(qkv, kv, batch, plan, spec, None, None, sinks)
-    return out.reshape(tokens, heads, -1).astype(q.dtype), kv
+    k, v = (None if pages is None else pages[None] for pages in kv)
+    stack = LayerPages(k, v, jnp.int32(0))
+    out, stack = attend(qkv, stack, batch, plan, spec, None, None, sinks)
+    made = KVPages(*(None if pages is None else pages[0] for pages in (stack.k, stack.v)))
+    return out.reshape(tokens, heads, -1).astype(q.dtype), made

@@ -20,7 +20,10 @@ from .checks import (
     AttentionBatch,
     AttentionShape,
     AttentionSpec,
+    ContractError,
     KVPages,
+    LayerPages,
+    Pages,
     PlannedBatch,
     check_attend,
 )
@@ -28,14 +31,15 @@ from .heads import HeadNorms, split_heads
 
 __all__ = ["Library", "Missing", "Ops", "choose", "cpu_library"]
 
-PagedAttention = Callable[..., tuple[jax.Array, KVPages]]
+PagedAttention = Callable[..., tuple[jax.Array, Any]]  # the cache in the type it came in
 
 
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an op. `platforms` are jax's names; the first listed that fits is taken.
 
-    attend: all of Ops.attend in one call, where there is such a kernel. serves: None where every
+    attend: all of Ops.attend in one call, where there is such a kernel. stacks_layers: that takes
+    LayerPages, and no KVPages. serves: None where every
     shape is served. queries_per_item: the largest work item it takes. only_by_name: never taken by
     itself.
     """
@@ -45,6 +49,7 @@ class Implementation:
     run: PagedAttention
     plan: Callable[[AttentionBatch, int, int], Any] = lambda batch, page_size, group: None
     attend: PagedAttention | None = None
+    stacks_layers: bool = False
     needs_library: bool = False
     serves: Callable[[AttentionShape], bool] | None = None
     queries_per_item: Callable[[AttentionShape], int] = lambda shape: QUERIES_PER_ITEM
@@ -71,6 +76,7 @@ PAGED_ATTENTION = (
         ("cpu",),
         attention_cpu.paged_attention,
         attend=attention_cpu.attend,
+        stacks_layers=True,
         needs_library=True,
     ),
     Implementation("jnp", ("cpu", "cuda"), attention_jnp.paged_attention, attention_jnp.plan),
@@ -133,6 +139,11 @@ class Ops:
         """Whether padded tokens are skipped, not computed and dropped."""
         return self.linear.name == "native" and self.attention.name == "native"
 
+    @property
+    def stacks_layers(self) -> bool:
+        """Whether attend takes LayerPages, and no KVPages."""
+        return self.attention.stacks_layers
+
     def plan_attention(self, batch: AttentionBatch, page_size: int) -> PlannedBatch:
         """What the layers' calls have in common, computed once a step."""
         return PlannedBatch(batch, self.attention.plan(batch, page_size, self.group))
@@ -140,17 +151,20 @@ class Ops:
     def attend(
         self,
         qkv: jax.Array,  # [tokens, (heads + kv_heads) * head_dim + kv_heads * value_dim]
-        kv: KVPages,
+        kv: Pages,
         step: PlannedBatch,
         spec: AttentionSpec,
         tables: tuple[jax.Array, jax.Array] | None = None,
         norms: HeadNorms | None = None,
-    ) -> tuple[jax.Array, KVPages]:
+    ) -> tuple[jax.Array, Pages]:
         """split_heads, then reference.paged_attention, by the chosen implementation:
         [tokens, heads * value_dim] and the cache. The contract is checked.
         """
-        _, kv_heads, _, head_dim = kv.k.shape
+        kv_heads, _, head_dim = kv.k.shape[-3:]
         check_attend(qkv, kv, step.batch, spec)
+        wanted = LayerPages if self.stacks_layers else KVPages
+        if not isinstance(kv, wanted):
+            raise ContractError(f"{self.attention.name} takes {wanted.__name__}, got {type(kv)}")
         if self.attention.attend is not None:
             spec = replace(spec, read_as=self.dtype)
             return self.attention.attend(qkv, kv, *step, spec, tables, norms, None)

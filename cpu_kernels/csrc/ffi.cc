@@ -189,13 +189,17 @@ ffi::Error zeros(ffi::Result<ffi::AnyBuffer> out) {
 }
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::AnyBuffer k,
-                     ffi::AnyBuffer v, ffi::AnyBuffer cos, ffi::AnyBuffer sin,
+                     ffi::AnyBuffer v, ffi::BufferR0<ffi::S32> layer, ffi::AnyBuffer cos, ffi::AnyBuffer sin,
                      ffi::AnyBuffer q_norm, ffi::AnyBuffer k_norm, ffi::AnyBuffer sinks,
                      ffi::RemainingArgs batch, ffi::Result<ffi::AnyBuffer> out,
                      ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
                      int64_t heads, int64_t value_dim, double epsilon, double scale,
                      double soft_cap) {
   const auto pages = k.dimensions();
+  const int64_t at = *layer.typed_data();
+  if (pages.size() != 5 || at < 0 || at >= pages[0]) {
+    return ffi::Error::InvalidArgument("quire_attention: there are no pages of that layer");
+  }
   const bool is_kv_known = is_float(k.element_type()) || k.element_type() == ffi::DataType::F16;
   if (!is_kv_known || !is_float(q_norm.element_type()) || !is_float(k_norm.element_type())) {
     return ffi::Error::InvalidArgument(
@@ -204,10 +208,10 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
   Attention call = {};
   call.tokens = qkv.dimensions()[0];
   call.heads = heads;
-  call.num_pages = pages[0];
-  call.kv_heads = pages[1];
-  call.page_size = pages[2];
-  call.head_dim = pages[3];
+  call.num_pages = pages[1];
+  call.kv_heads = pages[2];
+  call.page_size = pages[3];
+  call.head_dim = pages[4];
   call.value_dim = value_dim;
   call.qkv = qkv.typed_data();
   call.cos = static_cast<const float*>(or_null(cos));
@@ -222,8 +226,11 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> qkv, ffi::Any
   if (k_out->untyped_data() != k.untyped_data() || v_out->untyped_data() != v.untyped_data()) {
     return ffi::Error::Internal("quire_attention: the cache is not written in place");
   }
-  call.k = k_out->untyped_data();
-  call.v = const_cast<void*>(or_null(v));
+  const auto of_layer = [&](void* data, size_t size) {
+    return data == nullptr ? nullptr : static_cast<char*>(data) + size / pages[0] * at;
+  };
+  call.k = of_layer(k_out->untyped_data(), k.size_bytes());
+  call.v = of_layer(const_cast<void*>(or_null(v)), v.size_bytes());
   call.kv_dtype = dtype_of(k.element_type());
   const int32_t* arrays[11];
   for (size_t i = 0; i < 11; ++i) {
@@ -333,6 +340,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_attention, quire::attention,
                                   .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::BufferR0<xla::ffi::S32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

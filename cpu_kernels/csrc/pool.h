@@ -69,7 +69,8 @@ class Loop {
 };
 
 // The helpers of this process. One that has finished looks out for the next loop for a moment before
-// it returns to its pool: to wake a sleeping thread takes as long as a small product.
+// it returns to its pool: to wake a sleeping thread takes as long as a small product. The moment is
+// longer than the host and the sampler take between two steps.
 class Crew {
  public:
   static Crew& instance() {
@@ -96,7 +97,7 @@ class Crew {
   }
 
  private:
-  static constexpr std::chrono::microseconds kLookout{100};
+  static constexpr std::chrono::microseconds kLookout{1000};
 
   void help() {
     uint64_t seen = 0;

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ...pallas_kernels.checks import AttentionSpec, KVPages, PlannedBatch
+from ...pallas_kernels.checks import AttentionSpec, Pages, PlannedBatch
 from ...pallas_kernels.norm import rms_norm
 from ..attention import Attention, attention
 from ..context import Context
@@ -172,11 +172,11 @@ class Decoder:
         self,
         x: jax.Array,  # f32[tokens, hidden]
         weights: Block,
-        kv: KVPages,
+        kv: Pages,
         step: PlannedBatch,
         tables: tuple[jax.Array, jax.Array],
         ctx: Context,
-    ) -> tuple[jax.Array, KVPages]:
+    ) -> tuple[jax.Array, Pages]:
         """One layer; the residual stream stays in f32."""
         norm = Norm(weights.attention_norm, self.spec.epsilon)
         x, kv = attention(x, norm, weights.attention, kv, step, tables, self.attention, ctx)

@@ -13,6 +13,7 @@ from quire.pallas_kernels.checks import (
     AttentionSpec,
     ContractError,
     KVPages,
+    LayerPages,
     PlannedBatch,
     check_paged_attention,
 )
@@ -58,6 +59,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return sound | {k: v for k, v in changes.items() if k not in BATCH_FIELDS}
 
 
+ALL_LAYERS = LayerPages(array(3, *K.shape), array(3, *K.shape), whole())
 LATENT = {"kv": KVPages(K, None), "v_new": None}
 
 
@@ -66,6 +68,7 @@ LATENT = {"kv": KVPages(K, None), "v_new": None}
     [
         {},
         {"sinks": array(HEADS)},
+        {"kv": ALL_LAYERS},
         LATENT | {"spec": AttentionSpec(1.0, value_dim=8)},
         {"kv": KVPages(K, array(9, 2, 16, 4)), "v_new": array(TOKENS, 2, 4)},
     ],
@@ -108,6 +111,18 @@ def test_a_sound_call_passes(changes: dict[str, Any]):
             "k pages must be [pages, kv_heads, page_size, head_dim], got (9, 2, 8)",
         ),
         (
+            {"kv": LayerPages(K, K, whole())},
+            "k pages must be [layers, pages, kv_heads, page_size, head_dim], got (9, 2, 16, 8)",
+        ),
+        (
+            {"kv": LayerPages(array(3, *K.shape), array(2, *K.shape), whole())},
+            "k and v pages differ: float32(3, 9, 2, 16, 8), float32(2, 9, 2, 16, 8)",
+        ),
+        (
+            {"kv": LayerPages(array(3, *K.shape), array(3, *K.shape), whole(1))},
+            "layer must be i32[], got int32[1]",
+        ),
+        (
             {"kv": KVPages(array(1, 2, 16, 8), array(1, 2, 16, 8))},
             "the cache needs the null page and one more",
         ),
@@ -138,6 +153,14 @@ def test_dispatch_checks_before_it_runs():
     ):
         with pytest.raises(ContractError, match=rule):
             ops.attend(array(6, columns), given["kv"], step, given["spec"])
+
+
+@pytest.mark.parametrize(("name", "kv"), [("native", KVPages(K, K)), ("jnp", ALL_LAYERS)])
+def test_pages_in_the_form_of_another_implementation_are_refused(name: str, kv: Any):
+    given = arguments(kv=kv)
+    step = PlannedBatch(given["batch"], None)
+    with pytest.raises(ContractError, match=f"{name} takes (Layer|KV)Pages, got {type(kv)}"):
+        choose("cpu", attention=name).attend(array(6, 64), kv, step, given["spec"])
 
 
 def test_choose_takes_the_first_that_fits_and_names_the_rest():

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from quire.cpu_kernels import ops
 from quire.cpu_kernels.library import VARIABLE, Library, load
 from quire.cpu_kernels.packing import pack
-from quire.pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages
+from quire.pallas_kernels.checks import AttentionBatch, AttentionSpec, KVPages, LayerPages
 from quire.pallas_kernels.heads import HeadNorms
 from quire.pallas_kernels.registry import choose
 
@@ -219,9 +219,12 @@ def test_heads_are_normed_and_rotated_as_by_jnp(
     norms = HeadNorms(*(normal(rng, dim).astype(jnp.dtype(dtype)) for _ in range(2)))
     spec = AttentionSpec(dim**-0.5, norm_epsilon=EPSILON)
     outs = []
-    for name in ("native", "jnp"):
+    pages = jnp.zeros((3, kv_heads, page_size, dim), jnp.float32)
+    for name, kv in (
+        ("native", LayerPages(pages[None], pages[None], jnp.int32(0))),
+        ("jnp", KVPages(pages, pages)),
+    ):
         chosen = choose("cpu", attention=name)
-        kv = KVPages(*(jnp.zeros((3, kv_heads, page_size, dim), jnp.float32) for _ in range(2)))
         step = chosen.plan_attention(jax.tree.map(jnp.asarray, batch), page_size)
         out, _ = chosen.attend(
             jnp.asarray(qkv), kv, step, spec, tables if has_tables else None,
@@ -231,17 +234,50 @@ def test_heads_are_normed_and_rotated_as_by_jnp(
     np.testing.assert_allclose(outs[0], outs[1], rtol=2e-5, atol=2e-5)
 
 
+def one_token(
+    qkv: jax.Array, k: jax.Array, v: jax.Array, layer: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Attention of a token that is the second of its row, by one head of 8; the row has page 1."""
+    at = np.ones(1, np.int32)
+    batch = (0 * at, 2 * at, 0 * at, at, at, at[None], np.int32(1), np.int32(0), *(0 * at,) * 3)
+    return ops.attention(
+        qkv, k, v, jnp.int32(layer), batch, heads=1, value_dim=8, scale=1.0, soft_cap=None,
+        sinks=None, tables=None, norms=None, epsilon=0.0,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("page", [jnp.float8_e4m3fn, jnp.int16])
 def test_pages_that_the_kernel_does_not_read_are_refused(library: Library, page: Any):
-    whole = np.zeros(1, np.int32)
-    batch = (whole, whole, whole, whole, whole, np.zeros((1, 1), np.int32), *(np.int32(0),) * 2,
-             whole, whole, whole)  # fmt: skip
-    pages = jnp.zeros((2, 1, 16, 8), page)
+    pages = jnp.zeros((1, 2, 1, 16, 8), page)
     with pytest.raises(jax.errors.JaxRuntimeError, match="takes pages of f32, bf16 and f16"):
-        ops.attention(
-            jnp.zeros((1, 24)), pages, pages, batch, heads=1, value_dim=8, scale=1.0,
-            soft_cap=None, sinks=None, tables=None, norms=None, epsilon=0.0,
-        )[0].block_until_ready()  # fmt: skip
+        one_token(jnp.zeros((1, 24)), pages, pages, 0)[0].block_until_ready()
+
+
+@pytest.mark.parametrize("page", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_layer_has_its_own_pages_among_those_of_all(library: Library, page: Any):
+    rng = np.random.default_rng(4)
+    qkv = jnp.asarray(normal(rng, 1, 24))
+    k, v = (jnp.asarray(normal(rng, 3, 2, 1, 16, 8), page) for _ in range(2))
+    seen = []
+    for layer in range(3):
+        alone = one_token(qkv, k[layer : layer + 1], v[layer : layer + 1], 0)
+        among = one_token(qkv, k, v, layer)
+        seen.append(np.asarray(among[0]))
+        np.testing.assert_array_equal(seen[-1], alone[0])
+        for made, own, before in zip(among[1:], alone[1:], (k, v), strict=True):
+            assert made is not None
+            assert own is not None
+            assert np.any(np.asarray(made[layer]) != np.asarray(before[layer]))
+            want = before.at[layer].set(own[0])
+            np.testing.assert_array_equal(np.asarray(made), np.asarray(want))
+    assert len({out.tobytes() for out in seen}) == 3
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_there_is_not_is_refused(library: Library, layer: int):
+    pages = jnp.zeros((3, 2, 1, 16, 8), jnp.float32)
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="no pages of that"):
+        one_token(jnp.zeros((1, 24)), pages, pages, layer)[0].block_until_ready()
 
 
 def test_many_independent_calls_in_one_program(library: Library):

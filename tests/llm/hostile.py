@@ -59,9 +59,9 @@ def _poison_pages(core: EngineCore, runner: Runner) -> None:
 
     def poison(cache: jax.Array, *, is_turned: bool) -> jax.Array:
         values = np.array(cache)
-        pages, kv_heads, _, dim = values.shape
+        *pages, kv_heads, _, dim = values.shape
         if is_turned:
-            inside = values.reshape(pages, kv_heads, dim, page_size)
+            inside = values.reshape(*pages, kv_heads, dim, page_size)
             inside[np.broadcast_to(~owned[:, None, None, :], inside.shape)] = np.nan
         else:
             values[np.broadcast_to(~owned[:, None, :, None], values.shape)] = np.nan
