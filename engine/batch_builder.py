@@ -9,7 +9,14 @@ from math import prod
 
 import numpy as np
 
-from ..layers.batch import FLAG_FILTERS, FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, StepLayout
+from ..layers.batch import (
+    FLAG_FILTERS,
+    FLAG_MASKS,
+    FLAG_PENALTIES,
+    FLAG_SCORES,
+    TOKEN_ON_DEVICE,
+    StepLayout,
+)
 from .buckets import Buckets
 from .row_packer import RowNeeds
 from .step_plan import Chunk, StepPlan
@@ -70,6 +77,7 @@ class BatchBuilder:
             (FLAG_MASKS, any(n.masks for n in needs)),
             (FLAG_PENALTIES, any(n.penalties for n in needs)),
             (FLAG_FILTERS, any(n.filters for n in needs)),
+            (FLAG_SCORES, any(chunk.scored for chunk in plan.chunks)),
         ):
             part["flags"][flag] = is_needed
         part["row_slot"][:] = part["sample_slot"][:] = layout.slots

@@ -203,14 +203,10 @@ class EngineCore:
         """Dispatch the prompt logprobs that this step's hidden states give."""
         scores = []
         for chunk, first_token in zip(plan.chunks, step.first_token, strict=True):
-            request = chunk.request
-            if request.params.prompt_logprobs is None:
-                continue
-            # Position i scores prompt token i + 1; recomputation after preemption scores again what
-            # it lost.
-            end = min(chunk.first + chunk.count, request.num_prompt - 1)
-            for first in range(chunk.first, end, SCORE_ROWS):
-                count = min(SCORE_ROWS, end - first)
+            request, scored = chunk.request, chunk.scored
+            # Recomputation after preemption scores again what it lost.
+            for first in scored[::SCORE_ROWS]:
+                count = min(SCORE_ROWS, scored.stop - first)
                 targets = np.zeros(SCORE_ROWS, np.int32)
                 targets[:count] = request.token_ids(first + 1, count)
                 result = self.runner.score(

@@ -16,6 +16,14 @@ class Chunk:
     samples: bool  # the chunk reaches the last known token, so the next one is sampled
     num_steps: int = 1  # of one token each; a count of 1 that goes on with what it samples
 
+    @property
+    def scored(self) -> range:
+        """Positions that prompt logprobs are taken at: position i scores prompt token i + 1."""
+        request = self.request
+        if request.params.prompt_logprobs is None:
+            return range(0)
+        return range(self.first, min(self.first + self.count, request.num_prompt - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

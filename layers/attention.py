@@ -1,4 +1,4 @@
-"""Self-attention over pages: projections around the op."""
+"""Self-attention over pages: the projection of its inputs, and the op."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import jax
 from ..pallas_kernels.checks import AttentionSpec, Pages, PlannedBatch
 from ..pallas_kernels.heads import HeadNorms
 from .context import Context
-from .linear import Norm, linear_sum
+from .linear import Norm
 from .param import Leaf
 
 
@@ -34,10 +34,10 @@ def attention(
     spec: AttentionSpec,
     ctx: Context,
 ) -> tuple[jax.Array, Pages]:
-    """x + attention of norm(x), and the cache with this step's keys and values."""
+    """f32[tokens, heads * head_dim], what each head read for norm(x), and the cache with this
+    step's keys and values.
+    """
     # Scores turn the rounding of q and k into the largest error of a bfloat16 model.
-    count = step.batch.num_tokens
-    qkv = weights.qkv.exact_product(x, weights.qkv_bias, norm, count)
+    qkv = weights.qkv.exact_product(x, weights.qkv_bias, norm, step.batch.num_tokens)
     norms = None if weights.q_norm is None else HeadNorms(weights.q_norm, weights.k_norm)
-    out, kv = ctx.ops.attend(qkv, kv, step, spec, tables, norms)
-    return linear_sum(out, weights.out, weights.out_bias, x, count, ctx.model_axis), kv
+    return ctx.ops.attend(qkv, kv, step, spec, tables, norms)

@@ -99,8 +99,9 @@ class CacheShape(NamedTuple):
     page_size: int
 
 
-# Which parts of `sample` some row of the batch needs; each is skipped when none does.
+# What some row of the batch needs: parts of `sample`, each of which is skipped when none does.
 FLAG_MASKS, FLAG_PENALTIES, FLAG_FILTERS = 0, 1, 2
+FLAG_SCORES = 3  # logprobs are taken of tokens of the prompt, so all hidden states are wanted
 NUM_FLAGS = 4
 
 

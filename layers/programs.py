@@ -15,7 +15,16 @@ import jax.numpy as jnp
 
 from ..pallas_kernels.checks import KVPages, LayerPages
 from . import highest, rows, sampling
-from .batch import FLAG_MASKS, FLAG_PENALTIES, TOKEN_ON_DEVICE, CacheShape, StepLayout, unpack
+from .batch import (
+    FLAG_MASKS,
+    FLAG_PENALTIES,
+    FLAG_SCORES,
+    TOKEN_ON_DEVICE,
+    CacheShape,
+    StepBatch,
+    StepLayout,
+    unpack,
+)
 from .context import Context
 from .kv_pages import KVLayout
 from .linear import Matrix
@@ -53,6 +62,8 @@ class Programs:
         self.vocab = Vocabulary(model.vocab_size, ctx.model_axis)
         # One jitted block for all layers and programs: a program traces one layer, not all.
         self._block = jax.jit(model.block, static_argnums=(5,))
+        self._attend = jax.jit(model.attend, static_argnums=(5,))
+        self._rest = jax.jit(model.rest, static_argnums=(4,))
 
     def forward(
         self,
@@ -73,21 +84,56 @@ class Programs:
         # A barrier, or XLA computes these again in every layer.
         groups, tables = jax.lax.optimization_barrier((groups, tables))
         cache = list(kv)
-        for i, block in enumerate(weights.blocks):
+
+        def run(part: Callable[..., Any], i: int, x: jax.Array) -> jax.Array:
+            """The block of layer i, or a part of it that reads and writes the cache."""
             j = self.kv_layout.array_by_layer[i]
-            group = groups[self.kv_layout.group_by_layer[i]]
+            group, block = groups[self.kv_layout.group_by_layer[i]], weights.blocks[i]
             if self.ctx.ops.stacks_layers:
-                stack = LayerPages(*cache[0], jnp.int32(j))
-                x, stack = self._block(x, block, stack, group, tables, self.ctx)
+                made, stack = part(
+                    x, block, LayerPages(*cache[0], jnp.int32(j)), group, tables, self.ctx
+                )
                 cache[0] = KVPages(stack.k, stack.v)
             else:
-                x, cache[j] = self._block(x, block, cache[j], group, tables, self.ctx)
-        x = self.model.final_norm(weights, x)
-        rows_x = x[batch.sample_token]
+                made, cache[j] = part(x, block, cache[j], group, tables, self.ctx)
+            return made
+
+        last = len(weights.blocks) - 1
+        for i in range(last):
+            x = run(self._block, i, x)
+        if self.ctx.ops.is_padding_free:
+            rows_x, x = self._end(weights, x, run(self._attend, last, x), batch)
+        else:
+            x = self.model.final_norm(weights, run(self._block, last, x))
+            rows_x = x[batch.sample_token]
         # Few distinct sizes, so that score needs few programs.
         x = jnp.pad(x, ((0, max(0, SCORE_ROWS - layout.tokens)), (0, 0)))
         hidden = Hidden(rows_x, batch.sample_slot, batch.flags, x)
         return hidden, tuple(cache), batch.lengths
+
+    def _end(
+        self,
+        weights: Any,
+        x: jax.Array,  # f32[tokens, hidden]
+        heads: jax.Array,  # f32[tokens, heads * head_dim], of the last layer
+        batch: StepBatch,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The normed hidden states of the rows and of all tokens. After the last attention no token
+        needs another: what is not sampled is left out, and zero, unless it is wanted.
+        """
+
+        def rest(x: jax.Array, heads: jax.Array, count: jax.Array) -> jax.Array:
+            x = self._rest(x, heads, weights.blocks[-1], count, self.ctx)
+            return self.model.final_norm(weights, x)
+
+        at = jnp.arange(1, batch.sample_slot.shape[0] + 1)
+        num_rows = jnp.where(batch.sample_slot < batch.lengths.shape[0], at, 0).max()
+        rows_x = rest(x[batch.sample_token], heads[batch.sample_token], num_rows)
+        return jnp.where(at[:, None] <= num_rows, rows_x, 0), jax.lax.cond(
+            batch.flags[FLAG_SCORES] != 0,
+            lambda: rest(x, heads, batch.attention[0].num_tokens),
+            lambda: jnp.zeros_like(x),
+        )
 
     def sample(
         self,

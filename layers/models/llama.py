@@ -16,7 +16,7 @@ from ..attention import Attention, attention
 from ..context import Context
 from ..embedding import embed
 from ..kv_pages import KVSpec
-from ..linear import Matrix, Norm
+from ..linear import Matrix, Norm, linear_sum
 from ..mlp import GatedMlp, gated_mlp
 from ..param import Kind, Param, Slice, fused_param, linear_param, vector_param
 from ..rope import Rope, RopeConfig, build_rope, rotary_tables
@@ -178,10 +178,35 @@ class Decoder:
         ctx: Context,
     ) -> tuple[jax.Array, Pages]:
         """One layer; the residual stream stays in f32."""
+        heads, kv = self.attend(x, weights, kv, step, tables, ctx)
+        return self.rest(x, heads, weights, step.batch.num_tokens, ctx), kv
+
+    def attend(
+        self,
+        x: jax.Array,  # f32[tokens, hidden]
+        weights: Block,
+        kv: Pages,
+        step: PlannedBatch,
+        tables: tuple[jax.Array, jax.Array],
+        ctx: Context,
+    ) -> tuple[jax.Array, Pages]:
+        """All of a layer that a token needs of the others: f32[tokens, heads * head_dim]."""
         norm = Norm(weights.attention_norm, self.spec.epsilon)
-        x, kv = attention(x, norm, weights.attention, kv, step, tables, self.attention, ctx)
+        return attention(x, norm, weights.attention, kv, step, tables, self.attention, ctx)
+
+    def rest(
+        self,
+        x: jax.Array,  # f32[tokens, hidden]
+        heads: jax.Array,  # f32[tokens, heads * head_dim]
+        weights: Block,
+        count: jax.Array,  # i32[]; tokens from there on are padding
+        ctx: Context,
+    ) -> jax.Array:
+        """What a layer makes of each token by itself: f32[tokens, hidden]."""
+        w = weights.attention
+        x = linear_sum(heads, w.out, w.out_bias, x, count, ctx.model_axis)
         norm = Norm(weights.mlp_norm, self.spec.epsilon)
-        return gated_mlp(x, norm, weights.mlp, step.batch.num_tokens, ctx), kv
+        return gated_mlp(x, norm, weights.mlp, count, ctx)
 
     def final_norm(self, weights: Weights, x: jax.Array) -> jax.Array:
         """f32[tokens, hidden]: what the head reads."""

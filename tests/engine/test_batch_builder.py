@@ -1,8 +1,10 @@
 """The packed array of a step against a plain re-computation from the plan."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quire.engine.batch_builder import BatchBuilder, PackedStep
@@ -16,6 +18,7 @@ from quire.layers.batch import (
     FLAG_FILTERS,
     FLAG_MASKS,
     FLAG_PENALTIES,
+    FLAG_SCORES,
     TOKEN_ON_DEVICE,
     CacheShape,
     unpack,
@@ -129,6 +132,22 @@ def test_flags_are_what_any_row_needs():
         needs = [NOTHING, RowNeeds(**(vars(NOTHING) | {name: True}))]
         flags = parts(BatchBuilder(BUCKETS).build(plan, needs))["flags"]
         assert np.flatnonzero(flags).tolist() == [flag]
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "is_wanted"), [(0, 3, True), (0, 4, True), (2, 1, True), (3, 1, False)]
+)
+def test_all_hidden_states_are_wanted_where_the_prompt_is_scored(
+    first: int, count: int, is_wanted: bool
+):
+    """Its last token has no next one in the prompt, and a decode step none at all."""
+    flags = []
+    for wanted in (None, 1):
+        request = running("a", 0, [1, 2, 3, 4], [[1], [2]])
+        request.params = dataclasses.replace(request.params, prompt_logprobs=wanted)
+        plan = make_plan(Chunk(request, 0, first, count, True), admitted=(request,))
+        flags.append(parts(BatchBuilder(BUCKETS).build(plan, [NOTHING]))["flags"][FLAG_SCORES])
+    assert flags == [False, is_wanted]
 
 
 def test_a_slot_that_is_reused_shows_no_page_of_its_last_owner():

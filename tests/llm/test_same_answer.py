@@ -198,6 +198,28 @@ def test_logprobs_are_the_same_to_the_last_bit_in_any_company(family: str, dtype
     assert told(together[NUM_OTHERS : NUM_OTHERS + len(cases)]) == alone
 
 
+@pytest.mark.parametrize("family", [FAMILY, "qwen2_mixed_windows"])
+def test_a_token_is_scored_in_the_prompt_as_behind_it(family: str) -> None:
+    """The hidden states of a prompt are made by other calls of the last layer than those that are
+    sampled.
+    """
+    prompt = prompts()[-1]
+    wanted = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, prompt_logprobs=2)
+    with start(family, dtype="bfloat16", enable_prefix_caching=False) as llm:
+        (whole,) = run(llm, [(prompt, wanted)])
+        assert whole.prompt_logprobs is not None
+        for at in (1, 17, 40, len(prompt) - 1):
+            (beginning,) = run(
+                llm, [(prompt[:at], dataclasses.replace(wanted, prompt_logprobs=None))]
+            )
+            behind, inside = beginning.outputs[0].logprobs, whole.prompt_logprobs[at]
+            assert behind is not None
+            assert inside is not None
+            assert {t: behind[0][t].logprob for t in inside} == {
+                t: inside[t].logprob for t in inside
+            }
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget() -> Iterator[None]:
     yield
