@@ -94,15 +94,19 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return made
 
 
-def head_argmax(x: jax.Array, weight: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
-    """i32[rows] lowest id of the highest logit, and i32[rows] 1 where a logit is not finite.
-
-    x: f32[rows, in]; no logits are written.
+def head_argmax(
+    x: jax.Array,  # f32[rows, in]
+    weight: jax.Array,
+    vocab: int,
+    count: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """i32[rows] lowest id of the highest logit, and i32[rows] 1 where a logit is not finite; both 0
+    from row `count` on. No logits are written.
     """
     rows, width = x.shape
     ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
     call = jax.ffi.ffi_call("quire_head_argmax", (ids, ids, _workspace(rows, width)))
-    token, is_bad, _ = call(x, weight, vocab=vocab)
+    token, is_bad, _ = call(_count(count, rows), x, weight, vocab=vocab)
     return token, is_bad
 
 
@@ -111,11 +115,13 @@ def head_top_k(
     weight: jax.Array,
     vocab: int,
     k: int,
+    count: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """f32[rows, k] and i32[rows, k]: the k highest logits, falling, of equal ones the lowest ids
     first, and their ids; i32[rows] 1 where a logit is not finite, and the others mean nothing.
 
-    k: up to the vocabulary. No logits are written.
+    k: up to the vocabulary. From row `count` on the logits are 0, of the first ids. No logits are
+    written.
     """
     rows, width = x.shape
     results = (
@@ -124,7 +130,8 @@ def head_top_k(
         jax.ShapeDtypeStruct((rows,), jnp.int32),
         _workspace(rows, width),
     )
-    made: Any = jax.ffi.ffi_call("quire_head_top_k", results)(x, weight, vocab=vocab)
+    call = jax.ffi.ffi_call("quire_head_top_k", results)
+    made: Any = call(_count(count, rows), x, weight, vocab=vocab)
     return made[0], made[1], made[2]
 
 

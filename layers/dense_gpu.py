@@ -62,7 +62,7 @@ class GpuWeight:
             inner = self._dense.gated(x, bias, norm)
         return linear_sum(inner, down, down_bias, x, count, model_axis)
 
-    def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def highest(self, x: jax.Array, count: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         return highest(self.product(x, None))
 
     def rows(self, ids: jax.Array) -> jax.Array:

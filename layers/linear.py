@@ -62,7 +62,7 @@ class Matrix(Protocol):
         of the rows of this matrix are gates, the rest ups.
         """
 
-    def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def highest(self, x: jax.Array, count: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """i32[tokens], the lowest output of the highest value; i32[tokens], 1 if any output is not
         finite.
         """
@@ -119,7 +119,7 @@ class DenseWeight:
         gate, up = jnp.split(self.product(x, bias, norm=norm), 2, axis=-1)
         return jax.nn.silu(gate) * up
 
-    def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def highest(self, x: jax.Array, count: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         return highest(self._dot(x))
 
     def rows(self, ids: jax.Array) -> jax.Array:

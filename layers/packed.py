@@ -51,14 +51,14 @@ class PackedWeight:
         inner = self.shape.rows // 2
         return ops.mlp(x, norm.weight, norm.epsilon, self.w, bias, down.w, down_bias, inner, count)
 
-    def highest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return ops.head_argmax(x, self.w, self.shape.rows)
+    def highest(self, x: jax.Array, count: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        return ops.head_argmax(x, self.w, self.shape.rows, count)
 
-    def top(self, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def top(self, x: jax.Array, k: int, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """f32[tokens, k] and i32[tokens, k], the k highest outputs, falling, of equal ones the
-        lowest first, and which they are; i32[tokens], 1 if any output is not finite.
+        lowest first, and which they are; i32[tokens], 1 if any output is not finite, 0 for padding.
         """
-        return ops.head_top_k(x, self.w, self.shape.rows, k)
+        return ops.head_top_k(x, self.w, self.shape.rows, k, count)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         return ops.embed(ids, self.w, self.shape.rows, self.shape.columns)

@@ -126,10 +126,10 @@ class Programs:
             x = self._rest(x, heads, weights.blocks[-1], count, self.ctx)
             return self.model.final_norm(weights, x)
 
-        at = jnp.arange(1, batch.sample_slot.shape[0] + 1)
-        num_rows = jnp.where(batch.sample_slot < batch.lengths.shape[0], at, 0).max()
-        rows_x = rest(x[batch.sample_token], heads[batch.sample_token], num_rows)
-        return jnp.where(at[:, None] <= num_rows, rows_x, 0), jax.lax.cond(
+        count = _num_rows(batch.sample_slot, batch.lengths.shape[0])
+        rows_x = rest(x[batch.sample_token], heads[batch.sample_token], count)
+        is_row = jnp.arange(rows_x.shape[0]) < count
+        return jnp.where(is_row[:, None], rows_x, 0), jax.lax.cond(
             batch.flags[FLAG_SCORES] != 0,
             lambda: rest(x, heads, batch.attention[0].num_tokens),
             lambda: jnp.zeros_like(x),
@@ -146,8 +146,9 @@ class Programs:
         variant: Variant,
     ) -> tuple[sampling.Sampled, rows.RowState]:
         """One token per row, from the model's head; state is donated and returned."""
+        count = _num_rows(slots, state.last_token.shape[0])
         if variant is Variant.GREEDY and self.vocab.axis is None:
-            return sampling.sample_greedy(*head.highest(hidden_rows), state, slots)
+            return sampling.sample_greedy(*head.highest(hidden_rows, count), state, slots)
         if variant is Variant.GREEDY:
             logits = head.product(hidden_rows, None)
             return sampling.sample_greedy(*self.vocab.highest(logits), state, slots)
@@ -158,7 +159,9 @@ class Programs:
             return sampling.choose(logits, state, at, flags, step_mask, self.vocab)
 
         if isinstance(head, PackedWeight) and self.vocab.size > highest.NUM_HIGHEST:
-            token, is_bad = self._from_highest(head, hidden_rows, state, slots, flags, from_all)
+            token, is_bad = self._from_highest(
+                head, hidden_rows, count, state, slots, flags, from_all
+            )
         else:
             token, is_bad = from_all()
         return sampling.record(token, is_bad.astype(jnp.int32), state, slots, self.vocab)
@@ -167,6 +170,7 @@ class Programs:
         self,
         head: PackedWeight,
         hidden_rows: jax.Array,  # f32[rows, hidden]
+        count: jax.Array,  # i32[]
         state: rows.RowState,
         slots: jax.Array,  # i32[rows]
         flags: jax.Array,  # i32[NUM_FLAGS]
@@ -176,7 +180,7 @@ class Programs:
         at, is_padding = sampling.clipped(slots, state), slots >= state.last_token.shape[0]
 
         def try_few() -> tuple[jax.Array, jax.Array]:
-            logits, ids, is_bad = head.top(hidden_rows, highest.NUM_HIGHEST)
+            logits, ids, is_bad = head.top(hidden_rows, highest.NUM_HIGHEST, count)
             token, is_same = highest.choose(logits, ids, state, at, is_padding, self.vocab.size)
             return token, is_same & (is_bad == 0).all()
 
@@ -248,3 +252,9 @@ class Programs:
         at = jnp.minimum(first + jnp.arange(targets.shape[0]), hidden.shape[0] - 1)
         logits = head.product(hidden[at], None)
         return sampling.token_logprobs(logits, targets, num_logprobs, self.vocab)
+
+
+def _num_rows(slots: jax.Array, num_slots: int) -> jax.Array:
+    """i32[]: of i32[rows], how many there are up to the last that is sampled."""
+    at = jnp.arange(1, slots.shape[0] + 1, dtype=jnp.int32)
+    return jnp.where(slots < num_slots, at, 0).max()

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <string>
 
 #if defined(__linux__)
@@ -115,12 +116,12 @@ ffi::Error mlp(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer norm,
   return run(pool, kernels().mlp, call);
 }
 
-ffi::Error head_argmax(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight,
+ffi::Error head_argmax(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer weight,
                        ffi::Result<ffi::BufferR1<ffi::S32>> token,
                        ffi::Result<ffi::BufferR1<ffi::S32>> is_bad,
                        ffi::Result<ffi::AnyBuffer> workspace, int64_t vocab) {
   HeadArgmax call = {};
-  call.rows = x.dimensions()[0];
+  call.rows = rows_of(x, count);
   call.x = x.typed_data();
   call.weight = weight_of(weight, x.dimensions()[1], vocab, nullptr);
   call.token = token->typed_data();
@@ -129,15 +130,17 @@ ffi::Error head_argmax(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight,
   const int64_t needed = workspace_bytes(call.rows, call.weight.in);
   const ffi::Error error = check("quire_head_argmax", weight, workspace->size_bytes(), needed);
   if (error.failure()) return error;
+  std::fill(call.token + call.rows, call.token + x.dimensions()[0], 0);
+  std::fill(call.is_bad + call.rows, call.is_bad + x.dimensions()[0], 0);
   return run(pool, kernels().head_argmax, call);
 }
 
-ffi::Error head_top_k(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight, ffi::Result<Matrix> logit,
-                      ffi::Result<ffi::BufferR2<ffi::S32>> id,
+ffi::Error head_top_k(ffi::ThreadPool pool, Count count, Matrix x, ffi::AnyBuffer weight,
+                      ffi::Result<Matrix> logit, ffi::Result<ffi::BufferR2<ffi::S32>> id,
                       ffi::Result<ffi::BufferR1<ffi::S32>> is_bad,
                       ffi::Result<ffi::AnyBuffer> workspace, int64_t vocab) {
   HeadTopK call = {};
-  call.rows = x.dimensions()[0];
+  call.rows = rows_of(x, count);
   call.x = x.typed_data();
   call.weight = weight_of(weight, x.dimensions()[1], vocab, nullptr);
   call.k = logit->dimensions()[1];
@@ -151,6 +154,11 @@ ffi::Error head_top_k(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight, ffi
   const int64_t needed = workspace_bytes(call.rows, call.weight.in);
   const ffi::Error error = check("quire_head_top_k", weight, workspace->size_bytes(), needed);
   if (error.failure()) return error;
+  for (int64_t row = call.rows; row < x.dimensions()[0]; ++row) {
+    std::fill_n(call.logit + row * call.k, call.k, 0.0f);
+    std::iota(call.id + row * call.k, call.id + (row + 1) * call.k, 0);
+    call.is_bad[row] = 0;
+  }
   return run(pool, kernels().head_top_k, call);
 }
 
@@ -163,16 +171,20 @@ ffi::Error group_sums(Matrix x, ffi::BufferR2<ffi::S32> group, ffi::BufferR2<ffi
   return ffi::Error::Success();
 }
 
-ffi::Error embed(ffi::BufferR1<ffi::S32> ids, ffi::AnyBuffer table,
+ffi::Error embed(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> ids, ffi::AnyBuffer table,
                  ffi::Result<ffi::BufferR2<ffi::F32>> out, int64_t vocab) {
   const int64_t hidden = out->dimensions()[1];
-  const int64_t count = ids.dimensions()[0];
-  for (int64_t i = 0; i < count; ++i) {
-    float* row = out->typed_data() + i * hidden;
-    const int64_t id = ids.typed_data()[i];
-    if (id < 0 || id >= vocab) std::memset(row, 0, hidden * sizeof(float));
-    else unpack_row(table.untyped_data(), dtype_of(table.element_type()), id, hidden, row);
-  }
+  const Dtype dtype = dtype_of(table.element_type());
+  XlaPool scheduler(pool);
+  Team team(scheduler, num_threads.load(std::memory_order_relaxed));
+  team.split(ids.dimensions()[0], 8, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* row = out->typed_data() + i * hidden;
+      const int64_t id = ids.typed_data()[i];
+      if (id < 0 || id >= vocab) std::memset(row, 0, hidden * sizeof(float));
+      else unpack_row(table.untyped_data(), dtype, id, hidden, row);
+    }
+  });
   return ffi::Error::Success();
 }
 
@@ -298,6 +310,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_mlp, quire::mlp,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_head_argmax, quire::head_argmax,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR0<xla::ffi::S32>>()
                                   .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()
@@ -308,6 +321,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_head_argmax, quire::head_argmax,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_head_top_k, quire::head_top_k,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR0<xla::ffi::S32>>()
                                   .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
@@ -326,6 +340,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_group_sums, quire::group_sums,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_embed, quire::embed,
                               xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()

@@ -48,14 +48,17 @@ void pack(const Element* source, int64_t begin, int64_t end, int64_t rows, int64
 // Row `row` of the matrix back, as f32.
 inline void unpack_row(const void* packed, Dtype dtype, int64_t row, int64_t columns, float* to) {
   const int64_t depth = round_up(columns, kDepth);
-  for (int64_t column = 0; column < columns; ++column) {
-    if (dtype == Dtype::kF32) {
-      to[column] = static_cast<const float*>(packed)[packed_index(row, column, depth, false)];
-      continue;
+  for (int64_t first = 0; first < columns; first += kDepth) {
+    const int64_t count = std::min(kDepth, columns - first);
+    const int64_t at = packed_index(row, first, depth, dtype != Dtype::kF32);
+    for (int64_t i = 0; i < count; ++i) {
+      if (dtype == Dtype::kF32) {
+        to[first + i] = static_cast<const float*>(packed)[at + i * kPanel];
+        continue;
+      }
+      const uint32_t wide = uint32_t{static_cast<const uint16_t*>(packed)[at + i / 2 * 32 + i % 2]} << 16;
+      std::memcpy(to + first + i, &wide, 4);
     }
-    const uint32_t bits = static_cast<const uint16_t*>(packed)[packed_index(row, column, depth, true)];
-    const uint32_t wide = bits << 16;
-    std::memcpy(to + column, &wide, 4);
   }
 }
 

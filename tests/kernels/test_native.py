@@ -150,6 +150,23 @@ def test_the_head_finds_the_lowest_of_the_highest(
     assert np.asarray(is_bad).tolist() == [1] + [0] * (rows - 1)
 
 
+@pytest.mark.parametrize("count", [0, 1, 17, 40])
+def test_the_head_leaves_padding_out(library: Library, count: int):
+    rng = np.random.default_rng(5)
+    x, (weight, _) = normal(rng, 40, 64), packed(normal(rng, 90, 64, dtype=DTYPES[1]))
+    for head in (ops.head_argmax, partial(ops.head_top_k, k=70)):
+        alone = [np.asarray(a) for a in head(x, weight, 90)]
+        x_padded = x.copy()
+        x_padded[count:] = np.nan
+        padded = [np.asarray(a) for a in head(x_padded, weight, 90, count=np.int32(count))]
+        for whole, some in zip(alone, padded, strict=True):
+            np.testing.assert_array_equal(some[:count], whole[:count])
+            rest = np.zeros_like(whole[count:])
+            if rest.ndim == 2 and rest.dtype == np.int32:
+                rest[:] = np.arange(70)  # group_sums wants different ids
+            np.testing.assert_array_equal(some[count:], rest)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embed_gives_the_rows_and_zeros_outside(library: Library, dtype: np.dtype):
     table = normal(np.random.default_rng(0), 70, 50, dtype=dtype)
