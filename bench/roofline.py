@@ -97,8 +97,11 @@ def _by_torch(script: str, *arguments: str) -> dict[str, Any] | None:
     if not python.exists():
         return None
     command = [str(python), str(PEERS_FOLDER / script), *arguments]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:  # a ceiling less, and what was measured before it stands
+        print(f"{script} failed:\n{done.stderr}", file=sys.stderr)
+        return None
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -109,7 +112,7 @@ def main() -> None:
         emit(line(f"matmul_xla_{dtype}", flops / 1e9, "GFLOP/s", None, shape=shape))
         found = torch_matmul(dtype)
         if found is None:
-            print("torch is not installed: run bench/peers/setup.sh", file=sys.stderr)
+            print("no torch to ask: see bench/peers/setup.sh", file=sys.stderr)
             continue
         more = {"shape": found["shape"], "torch": found["version"]}
         emit(line(f"matmul_torch_{dtype}", found["flops"] / 1e9, "GFLOP/s", None, **more))

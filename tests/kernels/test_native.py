@@ -178,9 +178,9 @@ def test_embed_gives_the_rows_and_zeros_outside(library: Library, dtype: np.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize(("is_exact", "has_norm"), [(False, True), (True, True), (False, False)])
 def test_a_row_is_the_same_to_the_bit_in_any_company(
-    library: Library, dtype: np.dtype, is_exact: bool
+    library: Library, dtype: np.dtype, is_exact: bool, has_norm: bool
 ):
     """Alone, among others at any place, with any number of threads, and padded."""
     rng = np.random.default_rng(1)
@@ -189,7 +189,8 @@ def test_a_row_is_the_same_to_the_bit_in_any_company(
     weight, _ = packed(normal(rng, out, width, dtype=dtype))
     gate_up, _ = packed(normal(rng, 2 * 96, width, dtype=dtype), is_gated=True)
     down, _ = packed(normal(rng, width, 96, dtype=dtype))
-    linear = partial(ops.linear, norm=norm, epsilon=EPSILON, is_exact=is_exact)
+    given_norm = norm if has_norm else None
+    linear = partial(ops.linear, norm=given_norm, epsilon=EPSILON, is_exact=is_exact)
 
     def both(x: np.ndarray, **count: Any) -> tuple[np.ndarray, np.ndarray]:
         y = linear(x, weight, out, **count)

@@ -153,6 +153,15 @@ void add_token(const World& world, const Request& request, int64_t n, int64_t ro
   step.token.push_back(request.first + n);
 }
 
+void add_padding(const World& world, Step& step) {
+  step.from.push_back(0);
+  step.to.push_back(0);
+  step.row.push_back(0);
+  step.page.push_back(static_cast<int32_t>(world.shape.num_pages));
+  step.offset.push_back(0);
+  step.token.push_back(-1);
+}
+
 // The chosen requests in any order; those with one new token first, as the contract has it. Longer
 // ones in items of random length, or every token alone.
 Step arrange(Random& random, const World& world, std::vector<int64_t> chosen) {
@@ -164,6 +173,14 @@ Step arrange(Random& random, const World& world, std::vector<int64_t> chosen) {
   for (const int64_t index : chosen) {
     const Request& request = world.requests[index];
     step.width = std::max<int64_t>(step.width, request.pages.size() + random.between(0, 2));
+  }
+  // A row that has ended while a program of several steps goes on.
+  if (random.chance(20)) {
+    add_padding(world, step);
+    step.num_single = 1;
+    step.rows = 1;
+    step.width = std::max<int64_t>(step.width, 1);
+    step.table.assign(step.width, 0);
   }
   for (const int64_t index : chosen) {
     const Request& request = world.requests[index];
@@ -187,14 +204,7 @@ Step arrange(Random& random, const World& world, std::vector<int64_t> chosen) {
       left -= count;
     }
   }
-  for (int64_t padded = random.between(0, 5); padded > 0; --padded) {
-    step.from.push_back(0);
-    step.to.push_back(0);
-    step.row.push_back(0);
-    step.page.push_back(static_cast<int32_t>(world.shape.num_pages));
-    step.offset.push_back(0);
-    step.token.push_back(-1);
-  }
+  for (int64_t padded = random.between(0, 5); padded > 0; --padded) add_padding(world, step);
   return step;
 }
 
