@@ -98,6 +98,9 @@ def draw(title: str, rates: dict[str, float]) -> None:
 def emit_shares(size: str, rates: dict[Workload, list[float]], measured: list[Ceilings]) -> None:
     """quire's shares of reading memory (one request's answer) and of the best matmul (a prompt):
     in each round of what the machine gave in it. rates, measured: one for each round.
+
+    A prompt counts as the products of all its tokens with all layers, though in the last layer quire
+    makes those of sampled tokens alone: what is compared is the time of an answer.
     """
     model = model_folder(size)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
