@@ -99,7 +99,7 @@ def emit_shares(size: str, rates: dict[Workload, list[float]], measured: list[Ce
     """quire's shares of reading memory (one request's answer) and of the best matmul (a prompt):
     in each round of what the machine gave in it. rates, measured: one for each round.
 
-    A prompt counts as the products of all its tokens with all layers, though in the last layer quire
+    A prompt counts as the products of all its tokens with all layers, though in the last one quire
     makes those of sampled tokens alone: what is compared is the time of an answer.
     """
     model = model_folder(size)
