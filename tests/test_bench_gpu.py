@@ -12,7 +12,7 @@ import pytest
 from quire.bench.gpu import attention, ceilings, correctness, deviceless, model, products, steps
 from quire.bench.gpu.attention import Case
 from quire.bench.gpu.results import Results
-from quire.bench.gpu.timing import Bench
+from quire.bench.gpu.timing import Bench, per_step
 
 SMALL = (
     Case(3, 1, 100, 4, 2, 64, page_size=16, dtype=jnp.float32, window=40),
@@ -47,6 +47,11 @@ def written(results: Results, folder: Path) -> dict[str, dict[str, object]]:
     assert found["versions"]["jax"] == jax.__version__
     assert results.num_failed == 0, (folder / "gpu.log").read_text()
     return {line["name"]: line for line in found["lines"]}
+
+
+def test_a_disturbed_run_does_not_make_steps_quick() -> None:
+    """A read_bandwidth of -70 GB/s was seen on a busy machine."""
+    assert per_step([0.25, 4.0, 0.5], [2.25, 3.0, 9.0], 10) == 0.2
 
 
 def test_kernels_are_timed_beside_their_rooflines(results: Results, tmp_path: Path) -> None:

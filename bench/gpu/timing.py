@@ -39,8 +39,7 @@ class Bench:
         def repeat(carry: Any, fixed: Any, count: jax.Array) -> Any:
             return lax.fori_loop(0, count, lambda _, c: step(c, fixed), carry)
 
-        count = jax.ShapeDtypeStruct((), "int32")
-        arguments = self.abstract((carry, fixed, count))
+        arguments = self.abstract((carry, fixed, jax.ShapeDtypeStruct((), "int32")))
         lowered = jax.jit(repeat, donate_argnums=0).lower(*arguments)
         if not self.measured:
             options = compiler_options(self.target.platform)
@@ -56,16 +55,23 @@ class Bench:
         _, carry = spent(carry, 2)
         few, many = 2, 12
         while True:
-            long, carry = spent(carry, many)
-            if long > _LEAST_SECONDS or many > 20_000:
+            took, carry = spent(carry, many)
+            if took > _LEAST_SECONDS or many > 20_000:
                 break
             many *= 4
-        best = float("inf")
+        short, long = [], []
         for _ in range(_ROUNDS):
-            short, carry = spent(carry, few)
-            long, carry = spent(carry, many)
-            best = min(best, (long - short) / (many - few))
-        return Timed(best, None)
+            for count, times in ((few, short), (many, long)):
+                took, carry = spent(carry, count)
+                times.append(took)
+        return Timed(per_step(short, long, many - few), None)
+
+
+def per_step(short: list[float], long: list[float], steps: int) -> float:
+    """Seconds of each of the steps by which the long runs are longer. The shortest of either are
+    compared, not the runs of one round: a short run that was disturbed would make the steps quick.
+    """
+    return (min(long) - min(short)) / steps
 
 
 @dataclass(frozen=True)
