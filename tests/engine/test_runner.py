@@ -27,6 +27,20 @@ def test_forward_updates_pages_and_lengths_in_place(runner: Runner) -> None:
         assert analysis.alias_size_in_bytes == num_bytes((runner._kv, runner._lengths))
 
 
+def test_several_steps_update_pages_lengths_and_rows_in_place() -> None:
+    """A copy in the loop would be one of the whole cache, in every step."""
+    with start("mistral_sliding", kv_cache_memory_bytes=1 << 20, decode_steps=2) as llm:
+        runner = llm._engine.core.runner
+        donated = num_bytes((runner._kv, runner._lengths, runner._rows))
+        pages = f"f32[{','.join(map(str, runner._kv[0].k.shape))}]"
+        programs = [e for name, e in runner._executables.items() if name.startswith("2 x ")]
+        assert programs
+        for program in programs:
+            assert program.memory_analysis().alias_size_in_bytes == donated
+            lines = program.as_text().splitlines()
+            assert not [line for line in lines if " copy(" in line and f"= {pages}" in line]
+
+
 def test_no_forward_program_copies_pages_or_weights(runner: Runner) -> None:
     pages = runner._kv[0].k
     shapes = {

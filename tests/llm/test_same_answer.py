@@ -198,14 +198,16 @@ def test_logprobs_are_the_same_to_the_last_bit_in_any_company(family: str, dtype
     assert told(together[NUM_OTHERS : NUM_OTHERS + len(cases)]) == alone
 
 
+@pytest.mark.skipif(not isinstance(cpu_library(), Library), reason="of the C++ kernels")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", [FAMILY, "qwen2_mixed_windows"])
-def test_a_token_is_scored_in_the_prompt_as_behind_it(family: str) -> None:
+def test_a_token_is_scored_in_the_prompt_as_behind_it(family: str, dtype: str) -> None:
     """The hidden states of a prompt are made by other calls of the last layer than those that are
     sampled.
     """
     prompt = max(prompts(), key=len)
     wanted = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, prompt_logprobs=2)
-    with start(family, dtype="bfloat16", enable_prefix_caching=False) as llm:
+    with start(family, dtype=dtype, enable_prefix_caching=False) as llm:
         (whole,) = run(llm, [(prompt, wanted)])
         assert whole.prompt_logprobs is not None
         for at in (1, 17, 40, len(prompt) - 1):
