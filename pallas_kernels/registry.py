@@ -39,9 +39,8 @@ class Implementation:
     """One way to run an op. `platforms` are jax's names; the first listed that fits is taken.
 
     attend: all of Ops.attend in one call, where there is such a kernel. stacks_layers: that takes
-    LayerPages, and no KVPages. serves: None where every
-    shape is served. queries_per_item: the largest work item it takes. only_by_name: never taken by
-    itself.
+    LayerPages, and no KVPages. serves: None where every shape is served. queries_per_item: the
+    largest work item it takes. only_by_name: never taken by itself.
     """
 
     name: str
